@@ -1,0 +1,5 @@
+"""The whole configuration as typed models."""
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that says what is wrong, where, and what to do."""
