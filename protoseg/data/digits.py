@@ -1,0 +1,165 @@
+"""The embedded data set: real handwritten digits over dimmed photographs, composed on the fly.
+
+Nothing is read from disk but what scikit-learn ships: `load_digits` (1,797 digits of 8×8 pixels, UCI "Optical
+Recognition of Handwritten Digits") and `load_sample_images` (two photographs). Digits are drawn 30–44 pixels high,
+so a stroke is about 6 pixels wide: wider than the stride 4 of the decode head.
+"""
+
+import colorsys
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from protoseg.config import UserError
+
+CLASSES = (*(str(digit) for digit in range(10)), "background")  # class id = the digit; background = 10
+BACKGROUND = 10
+IGNORE = 255
+PALETTE = (
+    (230, 25, 75),
+    (60, 180, 75),
+    (255, 225, 25),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (210, 245, 60),
+    (250, 190, 212),
+    (0, 0, 0),
+)
+LENGTHS = {"train": 4096, "val": 256}
+SMALLEST, LARGEST = 30, 44  # side of the 8×8 sample's square in the scene, pixels
+_GLYPH = 64  # side of the stored, smoothly enlarged sample
+_PHOTO_LIGHT = 0.45
+# Coverage above _INSIDE is the digit, below _OUTSIDE background; between them nobody can say: ignored.
+_OUTSIDE, _INSIDE = 64, 192
+
+
+@cache
+def _glyphs(split: str) -> tuple[tuple[Image.Image, ...], NDArray[np.int64]]:
+    """Enlarged coverage maps of one split and their digits. Every fifth sample of each digit is val."""
+    data = load_digits()
+    keep = np.zeros(len(data.target), dtype=bool)
+    for digit in range(10):
+        keep[np.flatnonzero(data.target == digit)[::5]] = True
+    if split == "train":
+        keep = ~keep
+    glyphs = []
+    for sample in data.images[keep]:
+        grey = Image.fromarray(np.round(sample * (255 / 16)).astype(np.uint8))
+        large = np.asarray(grey.resize((_GLYPH, _GLYPH), Image.Resampling.BICUBIC), dtype=np.float32)
+        # A soft threshold at half ink turns the blur of the 8×8 scan into a stroke with an anti-aliased edge.
+        glyphs.append(Image.fromarray(np.clip((large - 85) * 2.5, 0, 255).astype(np.uint8)))
+    return tuple(glyphs), data.target[keep]
+
+
+@cache
+def _photos() -> tuple[NDArray[np.uint8], ...]:
+    return tuple(np.round(photo * _PHOTO_LIGHT).astype(np.uint8) for photo in load_sample_images().images)
+
+
+class Digits:
+    """Scenes of two to four digits, a pure function of (seed, split, index).
+
+    No handwriting is in both splits. `read` gives an image (3, H, W) uint8 and a label (H, W) uint8 whose ids
+    are the digits 0–9, 10 for background and 255 on the ambiguous rim of the strokes.
+    """
+
+    classes = CLASSES
+    palette = PALETTE
+    ignore_index = IGNORE
+
+    def __init__(
+        self, split: str, *, seed: int = 0, length: int | None = None, size: tuple[int, int] = (96, 96)
+    ) -> None:
+        if split not in LENGTHS:
+            raise UserError(f"data.split: digits has no split '{split}'; use one of {', '.join(LENGTHS)}")
+        if min(size) <= LARGEST * 1.25:
+            raise UserError(f"data: a digits scene of {size} is too small; use more than {LARGEST * 1.25:.0f}")
+        self.split = split
+        self.seed = seed
+        self.size = size
+        self.length = LENGTHS[split] if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        return f"{self.split}_{index:05d}"
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        rng = np.random.default_rng((self.seed, list(LENGTHS).index(self.split), index))
+        height, width = self.size
+        image = _photo_crop(rng, height, width)
+        label = np.full((height, width), BACKGROUND, dtype=np.uint8)
+        glyphs, digits = _glyphs(self.split)
+        placed: list[tuple[float, float, float]] = []
+        for _ in range(rng.integers(2, 5)):
+            which = int(rng.integers(len(glyphs)))
+            side = float(rng.uniform(SMALLEST, LARGEST))
+            place = _free_place(rng, side, height, width, placed)
+            colour = _bright_colour(rng)
+            cover = _turned(glyphs[which], side, math.radians(rng.uniform(-12, 12)))
+            if place is None:
+                continue
+            placed.append((*place, side))
+            extent = cover.shape[0]
+            top, left = round(place[0] - extent / 2), round(place[1] - extent / 2)
+            window = np.s_[top : top + extent, left : left + extent]
+            alpha = cover[..., None].astype(np.int32)
+            image[window] = (image[window] * (255 - alpha) + colour * alpha + 127) // 255
+            part = label[window]
+            part[cover > _OUTSIDE] = IGNORE
+            part[cover > _INSIDE] = digits[which]
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+
+
+def _photo_crop(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    photos = _photos()
+    photo = photos[int(rng.integers(len(photos)))]
+    if photo.shape[0] < height or photo.shape[1] < width:  # scenes larger than the photograph mirror it
+        grow = ((0, max(0, height - photo.shape[0])), (0, max(0, width - photo.shape[1])), (0, 0))
+        photo = np.pad(photo, grow, mode="symmetric")
+    top = int(rng.integers(photo.shape[0] - height + 1))
+    left = int(rng.integers(photo.shape[1] - width + 1))
+    step = 1 if rng.random() < 0.5 else -1
+    return photo[top : top + height, left : left + width][:, ::step].copy()
+
+
+def _free_place(
+    rng: np.random.Generator, side: float, height: int, width: int, placed: list[tuple[float, float, float]]
+) -> tuple[float, float] | None:
+    """A centre where the digit is inside the scene and hardly touches another, or None after 20 tries."""
+    margin = side * 0.61 + 1  # half the side of the square after a turn by 12 degrees
+    for _ in range(20):
+        y = rng.uniform(margin, height - margin)
+        x = rng.uniform(margin, width - margin)
+        # Digits are taller than wide, so the free distance is an ellipse.
+        if all(math.hypot((y - v) / 1.0, (x - u) / 0.8) > (side + s) * 0.47 for v, u, s in placed):
+            return y, x
+    return None
+
+
+def _bright_colour(rng: np.random.Generator) -> NDArray[np.int32]:
+    red_green_blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 0.9), rng.uniform(0.8, 1.0))
+    return np.round(np.array(red_green_blue) * 255).astype(np.int32)
+
+
+def _turned(glyph: Image.Image, side: float, angle: float) -> NDArray[np.uint8]:
+    """The glyph at `side` pixels, turned by `angle` radians, in the square that holds it."""
+    extent = math.ceil(side * (math.cos(angle) + abs(math.sin(angle))))
+    zoom = _GLYPH / side
+    cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
+    middle, origin = extent / 2, _GLYPH / 2
+    # Pillow wants the map from output to input coordinates.
+    matrix = (cos, -sin, origin - middle * (cos - sin), sin, cos, origin - middle * (sin + cos))
+    turned = glyph.transform((extent, extent), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return np.asarray(turned)
