@@ -1,0 +1,92 @@
+"""Reading one image or one label file. torchvision decodes; Pillow where it cannot (TIFF, palettes, low bit depths)."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import io
+
+from protoseg.config import UserError
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+LABEL_ENDINGS = (".png", ".tif", ".tiff")
+_PNG_COLOUR = {2: "RGB", 4: "grey with alpha", 6: "RGBA"}
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """Image file as (3, H, W) uint8 RGB. Grey is repeated, alpha dropped, 16 bits become 8.
+
+    EXIF rotation is not applied: labels are drawn on the stored pixels. Raises UserError for an unreadable file.
+    """
+    try:
+        if path.suffix.lower() not in (".tif", ".tiff"):
+            try:
+                image = io.decode_image(io.read_file(str(path)), mode=io.ImageReadMode.RGB)
+            except RuntimeError:
+                pass  # unknown to torchvision or broken: Pillow decides and says why
+            else:
+                return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
+        return _pillow_rgb(path)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNGs
+        raise UserError(f"{path}: cannot read this image ({_reason(error)}); replace or remove it") from None
+
+
+def read_label_ids(path: Path) -> NDArray[np.integer]:
+    """Label file as (H, W) raw ids, uint8 or wider. A palette file gives its indices.
+
+    Raises UserError for an unreadable file and for one that holds colours instead of ids.
+    """
+    try:
+        header = path.open("rb").read(26)
+        if header[:8] == b"\x89PNG\r\n\x1a\n" and len(header) == 26:
+            depth, colour = struct.unpack("BB", header[24:26])
+            if colour in _PNG_COLOUR:
+                raise _colour_mask(path, _PNG_COLOUR[colour])
+            if colour == 0 and depth >= 8:
+                return io.decode_png(io.read_file(str(path)))[0].numpy()
+            ids = _pillow_ids(path)
+            # Pillow stretches grey of 2 and 4 bits to 0–255; the ids are the stored values.
+            return ids // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else ids
+        return _pillow_ids(path)
+    except UserError:
+        raise
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: cannot read this label ({_reason(error)}); replace or remove it") from None
+
+
+def _pillow_rgb(path: Path) -> torch.Tensor:
+    with Image.open(path) as file:
+        if file.mode.startswith("I"):  # 16-bit grey; convert() would clip, not scale
+            grey = (np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            array = np.repeat(grey[..., None], 3, axis=2)
+        elif file.mode == "F":
+            raise ValueError("floating-point pixels, wants 8 or 16 bits")
+        else:
+            array = np.array(file.convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def _pillow_ids(path: Path) -> NDArray[np.integer]:
+    with Image.open(path) as file:
+        if file.mode not in ("1", "L", "P") and not file.mode.startswith("I"):
+            raise _colour_mask(path, file.mode)
+        ids = np.array(file)
+    return ids.astype(np.uint8) if ids.dtype == bool else ids
+
+
+def _colour_mask(path: Path, kind: str) -> UserError:
+    return UserError(
+        f"{path}: this label is a colour mask ({kind}), wants one channel of class ids; "
+        "convert colours to ids, or save it as a palette or grey PNG"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's message, without the path it may repeat."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
