@@ -17,7 +17,8 @@ sky; building; pole; road; pavement; tree; sign; fence; car; pedestrian; bicycli
 """)
 CAMVID_PALETTE = _colours("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0")
 
-# ADE20K SceneParsing, objectInfo150.txt (first synonym) and color150.mat of github.com/CSAILVision/sceneparsing.
+# ADE20K SceneParsing, objectInfo150.txt (first synonym) and color150.mat of
+# github.com/CSAILVision/sceneparsing.
 ADE20K_CLASSES = _names("""
 wall; building; sky; floor; tree; ceiling; road; bed; windowpane; grass; cabinet; sidewalk; person; earth;
 door; table; mountain; plant; curtain; chair; car; water; painting; sofa; shelf; house; sea; mirror; rug;

@@ -1,4 +1,4 @@
-"""Reading one image or one label file. torchvision decodes; Pillow where it cannot (TIFF, palettes, low bit depths)."""
+"""Reading one image or label file. torchvision decodes; Pillow where it cannot (TIFF, palettes, few bits)."""
 
 import struct
 from pathlib import Path
@@ -19,7 +19,7 @@ _PNG_COLOUR = {2: "RGB", 4: "grey with alpha", 6: "RGBA"}
 def read_image(path: Path) -> torch.Tensor:
     """Image file as (3, H, W) uint8 RGB. Grey is repeated, alpha dropped, 16 bits become 8.
 
-    EXIF rotation is not applied: labels are drawn on the stored pixels. Raises UserError for an unreadable file.
+    EXIF rotation is not applied: labels are drawn on the stored pixels. Raises UserError if unreadable.
     """
     try:
         if path.suffix.lower() not in (".tif", ".tiff"):
@@ -48,7 +48,7 @@ def read_label_ids(path: Path) -> NDArray[np.integer]:
             if colour == 0 and depth >= 8:
                 return io.decode_png(io.read_file(str(path)))[0].numpy()
             ids = _pillow_ids(path)
-            # Pillow stretches grey of 2 and 4 bits to 0–255; the ids are the stored values.
+            # Pillow stretches grey of 2 and 4 bits to 0-255; the ids are the stored values.
             return ids // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else ids
         return _pillow_ids(path)
     except UserError:

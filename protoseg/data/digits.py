@@ -73,7 +73,7 @@ class Digits:
     """
 
     classes = CLASSES
-    palette = PALETTE
+    palette: tuple[tuple[int, int, int], ...] = PALETTE
     ignore_index = IGNORE
 
     def __init__(

@@ -15,8 +15,8 @@ _WHITE = np.array([0.9505, 1.0, 1.089])
 def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
     """`count` RGB triples, always the same, each the farthest from those before it.
 
-    Distance is the smaller of two CIELAB distances: as seen, and as a deuteranope sees it. Black and white are
-    kept free for the ignored pixels and the text of a figure.
+    Distance is the smaller of two CIELAB distances: as seen, and as a deuteranope sees it. Black and white
+    are kept free for the ignored pixels and the text of a figure.
     """
     levels = np.linspace(0, 255, 12).round()
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)

@@ -1,0 +1,217 @@
+"""Batches in an order that depends on (seed, epoch, index) alone: not on workers, ranks or where a run resumes."""
+
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from protoseg.config import UserError
+from protoseg.data.datasets import Dataset
+
+Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Key = tuple[int, int]  # epoch, dataset index
+SKIP_TRIES = 20
+
+
+class Batch(NamedTuple):
+    """Training batch of one rank, on the CPU."""
+
+    image: torch.Tensor  # (B, 3, H, W) uint8 RGB
+    label: torch.Tensor  # (B, H, W) class ids and ignore_index, uint8 or int32
+    index: torch.Tensor  # (B,) int64, which samples of the dataset
+
+
+class _Bad(NamedTuple):
+    """A sample that could not be read, on its way from a worker to the main process."""
+
+    message: str
+
+
+class _Sample(NamedTuple):
+    image: torch.Tensor
+    label: torch.Tensor
+    index: int
+    skipped: tuple[str, ...]
+
+
+class BatchOrder(Sampler[list[Key]]):
+    """Keys of the batches start … iterations−1 for one rank.
+
+    The stream is one permutation per epoch, end to end; batch i takes positions i·B … (i+1)·B−1 of it and
+    rank r the r-th contiguous part of the batch.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, iterations: int, start: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        if batch_size % world_size:
+            raise UserError(
+                f"train.batch_size: {batch_size} does not divide by {world_size} processes; "
+                f"use {batch_size // world_size * world_size or world_size}"
+            )
+        self.length, self.seed = length, seed
+        self.batch_size, self.iterations, self.start = batch_size, iterations, start
+        self.share = batch_size // world_size
+        self.offset = rank * self.share
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return max(0, self.iterations - self.start)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for iteration in range(self.start, self.iterations):
+            first = iteration * self.batch_size + self.offset
+            yield [self._key(position) for position in range(first, first + self.share)]
+
+    def _key(self, position: int) -> Key:
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return epoch, int(self._order[place])
+
+
+class _Augmented(TorchDataset):
+    """Reads and augments one sample, with the RNG of that sample."""
+
+    def __init__(self, dataset: Dataset, transform: Transform, seed: int, skip: bool) -> None:
+        self.dataset, self.transform, self.seed, self.skip = dataset, transform, seed, skip
+
+    def __getitem__(self, key: Key) -> "_Sample | _Bad":
+        epoch, index = key
+        skipped: list[str] = []
+        for _ in range(SKIP_TRIES if self.skip else 1):
+            try:
+                image, label = self.dataset.read(index)
+            except UserError as error:
+                skipped.append(str(error))
+                index = (index + 1) % len(self.dataset)
+                continue
+            state = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+            with torch.random.fork_rng(devices=[]):
+                torch.random.default_generator.manual_seed(int(state[0]))
+                image, label = self.transform(image, label)
+            return _Sample(image, label, index, tuple(skipped))
+        return _Bad(skipped[0])
+
+
+class _Plain(TorchDataset):
+    """Reads one sample as it is."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> "tuple[torch.Tensor, torch.Tensor, int, str] | _Bad":
+        try:
+            image, label = self.dataset.read(index)
+        except UserError as error:
+            return _Bad(str(error))
+        return image, label, index, self.dataset.name(index)
+
+
+def train_loader(
+    dataset: Dataset,
+    transform: Transform,
+    *,
+    batch_size: int,
+    iterations: int,
+    start: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+    on_error: str = "raise",
+) -> Iterator[Batch]:
+    """The batches start … iterations−1 of a run, this rank's share of each.
+
+    `batch_size` is global, over all ranks. `transform(image, label)` must return one size and take all chance
+    from torch's global RNG, which is seeded by (seed, epoch, index) for each sample and left as it was.
+    `on_error`: "raise" passes on the UserError of an unreadable sample, "skip" takes the next readable sample
+    instead and warns once per file. A batch size that does not divide by the ranks is a UserError.
+    """
+    if on_error not in ("raise", "skip"):
+        raise UserError(f"data.on_error: '{on_error}' is not known; use raise or skip")
+    order = BatchOrder(len(dataset), batch_size, iterations, start, seed, rank, world_size)
+    loader: DataLoader = DataLoader(
+        _Augmented(dataset, transform, seed, on_error == "skip"),
+        batch_sampler=order,
+        collate_fn=_collate,
+        **_worker_options(workers),
+    )
+    return _checked_batches(loader)
+
+
+def _checked_batches(loader: DataLoader) -> Iterator[Batch]:
+    warned: set[str] = set()
+    for loaded in loader:
+        if isinstance(loaded, _Bad):
+            raise UserError(loaded.message)
+        batch, skipped = loaded
+        for message in skipped:
+            if message not in warned:
+                warned.add(message)
+                warnings.warn(f"skipped: {message}", stacklevel=2)
+        yield batch
+
+
+class EvalLoader:
+    """Samples rank, rank + world_size, … of a dataset, one at a time; can be run through again and again."""
+
+    def __init__(self, dataset: Dataset, rank: int, world_size: int, workers: int) -> None:
+        self.loader: DataLoader = DataLoader(
+            _Plain(dataset),
+            batch_size=None,
+            sampler=range(rank, len(dataset), world_size),
+            persistent_workers=workers > 0,
+            **_worker_options(workers),
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, str]]:
+        for loaded in self.loader:
+            if isinstance(loaded, _Bad):
+                raise UserError(loaded.message)
+            yield loaded
+
+
+def eval_loader(dataset: Dataset, *, rank: int = 0, world_size: int = 1, workers: int = 2) -> EvalLoader:
+    """Yields (image (3, H, W) uint8, label (H, W), index, name) in dataset order, any size, no augmentation.
+
+    Keep the object: its workers stay alive from one pass to the next. Raises UserError for an unreadable sample.
+    """
+    return EvalLoader(dataset, rank, world_size, workers)
+
+
+def _collate(samples: "list[_Sample | _Bad]") -> "tuple[Batch, tuple[str, ...]] | _Bad":
+    good: list[_Sample] = []
+    for sample in samples:
+        if isinstance(sample, _Bad):
+            return sample
+        good.append(sample)
+    batch = Batch(
+        torch.stack([sample.image for sample in good]),
+        torch.stack([sample.label for sample in good]),
+        torch.tensor([sample.index for sample in good]),
+    )
+    return batch, tuple(message for sample in good for message in sample.skipped)
+
+
+def _worker_options(workers: int) -> dict:
+    options: dict = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    if workers:
+        options |= {"worker_init_fn": _start_worker, "prefetch_factor": 4}
+    return options
+
+
+def _start_worker(_: int) -> None:
+    """The main process alone decides when to stop: it still needs its workers' batches to leave cleanly."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

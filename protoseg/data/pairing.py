@@ -1,0 +1,109 @@
+"""Which image file goes with which label file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from protoseg.config import UserError
+from protoseg.data.decode import IMAGE_ENDINGS, LABEL_ENDINGS
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one split lies under the root: a stem is a path below the folder without its ending."""
+
+    images: str
+    labels: str
+    image_endings: tuple[str, ...] = IMAGE_ENDINGS
+    label_endings: tuple[str, ...] = LABEL_ENDINGS
+    listed: str | None = None  # text file with the stems of the split, one per line; None = all files
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The files of one split: stems with both files, and those that lack one."""
+
+    pairs: dict[str, tuple[Path, Path]]
+    images_alone: list[Path]
+    labels_alone: list[Path]
+    missing: list[str]  # stems in the list of the split for which there is no image
+
+
+def pair_files(root: Path, where: Split, homepage: str, excluded: frozenset[Path] = frozenset()) -> Pairing:
+    """Finds the files of one split. Raises UserError for a missing folder and two files of one stem."""
+    images_at, labels_at = root / where.images, root / where.labels
+    for what, folder in (("images", images_at), ("labels", labels_at)):
+        if not folder.is_dir():
+            raise UserError(
+                f"data.root: folder {folder} does not exist and should hold {what}; get them: {homepage}"
+            )
+    images = _stems(images_at, where.image_endings)
+    labels = _stems(labels_at, where.label_endings)
+    missing: list[str] = []
+    if where.listed is not None:
+        wanted = _read_list(root / where.listed, homepage)
+        missing = [stem for stem in wanted if stem not in images]
+        images = {stem: images[stem] for stem in wanted if stem in images}
+        labels = {stem: labels[stem] for stem in wanted if stem in labels}
+    # A file left out takes its partner with it.
+    out = {stem for files in (images, labels) for stem, path in files.items() if path in excluded}
+    images = {stem: path for stem, path in images.items() if stem not in out}
+    labels = {stem: path for stem, path in labels.items() if stem not in out}
+    return Pairing(
+        {stem: (images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())},
+        [images[stem] for stem in sorted(images.keys() - labels.keys())],
+        [labels[stem] for stem in sorted(labels.keys() - images.keys())],
+        missing,
+    )
+
+
+def _stems(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder).as_posix()
+        ending = next((e for e in endings if below.lower().endswith(e.lower())), None)
+        if ending is None or path.name.startswith("."):
+            continue
+        stem = below[: -len(ending)]
+        if stem in found:
+            raise UserError(f"{path}: has the same stem as {found[stem].name}; keep one of the two")
+        found[stem] = path
+    return found
+
+
+def _read_list(path: Path, homepage: str) -> list[str]:
+    try:
+        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read this list of files ({error.strerror}); get it: {homepage}"
+        ) from None
+
+
+def read_excluded(exclude: str | Path | None, root: Path) -> frozenset[Path]:
+    """The paths in a file of paths relative to `root`, one per line; lines that start with # are comments."""
+    if exclude is None:
+        return frozenset()
+    try:
+        lines = Path(exclude).read_text().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"data.exclude: cannot read {exclude} ({error.strerror}); check_data writes it"
+        ) from None
+    return frozenset(root / line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+def check_pairing(pairing: Pairing, split: str) -> None:
+    """Raises UserError for files that lack their partner and for a split without files."""
+    faults = [
+        f"{len(files)} {what} ({', '.join(map(str, files[:3]))}{', …' if len(files) > 3 else ''})"
+        for files, what in (
+            (pairing.images_alone, "image(s) without label"),
+            (pairing.labels_alone, "label(s) without image"),
+            (pairing.missing, "listed name(s) without image"),
+        )
+        if files
+    ]
+    if faults:
+        raise UserError(f"split '{split}': {'; '.join(faults)}; add the missing files or exclude these")
+    if not pairing.pairs:
+        raise UserError(f"split '{split}': no images found; is data.root right?")
