@@ -90,27 +90,41 @@ def build_dataset(
     """Dataset `name` of DATASETS, one split or several joined by "+".
 
     classes, palette, ignore_index and label_map describe a `folder`; the other datasets bring their own. A
-    label map sends raw ids to class ids, class names or "ignore". `exclude` is a text file with paths of images
-    or labels to leave out, one per line, relative to `root`. `seed` changes the scenes of `digits` only.
+    label map sends raw ids to class ids, class names or "ignore". `exclude` is a text file with paths of
+    images or labels to leave out, one per line, relative to `root`. `seed` is for the scenes of `digits` only.
     Raises UserError, one line, for anything wrong with the names or the files.
     """
-    if name not in DATASETS:
-        raise UserError(f"data.name: no dataset '{name}'; use one of {', '.join(DATASETS)}")
+    spec = dataset_spec(name, classes, palette, ignore_index, label_map)
     if name == "digits":
         return digits.Digits(split, seed=seed)
     if root is None:
-        raise UserError(
-            f"data.root: dataset '{name}' needs the folder where it lies; get it: {DATASETS[name].homepage}"
-        )
-    spec = DATASETS[name]
+        raise UserError(f"data.root: '{name}' needs the folder where it lies; get it: {spec.homepage}")
+    return FileDataset(name, spec, Path(root), split, exclude)
+
+
+def class_names(name: str, classes: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The class names of a dataset, without its files. Raises UserError for an unknown dataset."""
+    return dataset_spec(name, classes).classes
+
+
+def dataset_spec(
+    name: str,
+    classes: Sequence[str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+    ignore_index: int | None = None,
+    label_map: LabelMap | None = None,
+) -> DatasetSpec:
+    """The spec of a dataset, completed by what the YAML says of a folder. UserError for wrong values."""
+    if name not in DATASETS:
+        raise UserError(f"data.name: no dataset '{name}'; use one of {', '.join(DATASETS)}")
     if name == "folder":
-        spec = _folder_spec(spec, classes, palette, ignore_index, label_map)
-    elif any(given is not None for given in (classes, palette, ignore_index, label_map)):
+        return _folder_spec(DATASETS[name], classes, palette, ignore_index, label_map)
+    if any(given is not None for given in (classes, palette, ignore_index, label_map)):
         raise UserError(
             f"data: '{name}' brings its own classes, palette, ignore_index and label_map; "
             "remove them, or use name: folder"
         )
-    return FileDataset(name, spec, Path(root), split, exclude)
+    return DATASETS[name]
 
 
 class FileDataset:

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on (seed, epoch, index) alone: not on workers, ranks or where a run resumes."""
+"""Batches in an order that depends on (seed, epoch, index) alone: not on workers, ranks or resuming."""
 
 import signal
 import warnings
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
     image: torch.Tensor  # (B, 3, H, W) uint8 RGB
     label: torch.Tensor  # (B, H, W) class ids and ignore_index, uint8 or int32
-    index: torch.Tensor  # (B,) int64, which samples of the dataset
+    index: torch.Tensor  # type: ignore[assignment]  # (B,) int64, which samples; hides tuple.index
 
 
 class _Bad(NamedTuple):
@@ -35,7 +35,7 @@ class _Bad(NamedTuple):
 class _Sample(NamedTuple):
     image: torch.Tensor
     label: torch.Tensor
-    index: int
+    number: int
     skipped: tuple[str, ...]
 
 
@@ -184,7 +184,7 @@ class EvalLoader:
 def eval_loader(dataset: Dataset, *, rank: int = 0, world_size: int = 1, workers: int = 2) -> EvalLoader:
     """Yields (image (3, H, W) uint8, label (H, W), index, name) in dataset order, any size, no augmentation.
 
-    Keep the object: its workers stay alive from one pass to the next. Raises UserError for an unreadable sample.
+    Keep the object: its workers stay alive from one pass to the next. UserError if a file is unreadable.
     """
     return EvalLoader(dataset, rank, world_size, workers)
 
@@ -198,7 +198,7 @@ def _collate(samples: "list[_Sample | _Bad]") -> "tuple[Batch, tuple[str, ...]] 
     batch = Batch(
         torch.stack([sample.image for sample in good]),
         torch.stack([sample.label for sample in good]),
-        torch.tensor([sample.index for sample in good]),
+        torch.tensor([sample.number for sample in good]),
     )
     return batch, tuple(message for sample in good for message in sample.skipped)
 
