@@ -1,0 +1,306 @@
+"""The maths of nonparametric prototypes: scores, Sinkhorn, assignment, update, choice of starting points.
+
+N pixels, C classes, K prototypes per class, D channels; M = K·C rows, prototype k of class c in row k·C + c.
+Embeddings and prototypes have unit length along D. A label of −1 marks a pixel that takes no part.
+`all_reduce(tensor, "sum" | "max")` joins the ranks of a distributed run; None means one process. Every
+function gives the same result for any split of the pixels over ranks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AllReduce = Callable[[Tensor, str], Tensor]
+MIN_NORM = 1e-6  # below this a vector has no direction
+LOG_DOMAIN_BELOW = 0.03  # exp(−2/κ) nears the end of float32 there
+
+
+def unit(x: Tensor, dim: int = -1) -> Tensor:
+    """x / max(‖x‖, 1e-6) along `dim`; half types become float32, double stays double."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim, eps=MIN_NORM)
+
+
+class Scores(NamedTuple):
+    """What `prototype_scores` returns."""
+
+    classes_NC: Tensor  # max over k of iᵀp_ck, −1 for classes that are not live
+    own_NK: Tensor  # iᵀp_yk for the pixel's own class y; class 0 where the label is −1
+    log_sum_exp_N: Tensor  # log Σ exp(iᵀp/τ) over the prototypes of all live classes
+
+
+def prototype_scores(
+    emb_ND: Tensor,
+    protos_CKD: Tensor,
+    labels_N: Tensor,
+    temperature: float = 0.1,
+    live_C: Tensor | None = None,
+    *,
+    score_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> Scores:
+    """Class scores, own-class similarities and the log-sum-exp over all prototypes, in chunks of pixels."""
+    sims_NCK = torch.einsum("nd,ckd->nck", emb_ND, protos_CKD)
+    if live_C is None:
+        live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=emb_ND.device)
+    index = labels_N.clamp(min=0)[:, None, None].expand(-1, 1, protos_CKD.shape[1])
+    own_NK = sims_NCK.gather(1, index)[:, 0]
+    lowest = torch.finfo(sims_NCK.dtype).min / 4
+    masked_NCK = (sims_NCK / temperature).masked_fill(~live_C[:, None], lowest)
+    return Scores(
+        sims_NCK.amax(2).masked_fill(~live_C, -1.0),
+        own_NK,
+        masked_NCK.flatten(1).logsumexp(1),
+    )
+
+
+def sinkhorn(
+    own_NK: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    kappa: float = 0.05,
+    iterations: int = 3,
+    *,
+    log_domain: bool | None = None,
+    all_reduce: AllReduce | None = None,
+) -> Tensor:
+    """Transport plan between each class's pixels and its K prototypes, all classes at once.
+
+    own_NK: similarities iᵀp_yk with the pixel's own class; labels_N: int, −1 takes no part. Solves
+    max Tr(LᵀPᵀX) + κH(L) with every pixel giving 1 and every prototype taking N_c/K (ProtoSeg Eq. 8-9) by
+    `iterations` rounds of prototype marginal, then pixel marginal. log_domain: default below κ = 0.03.
+    Returns plan_NK, rows summing to 1, zero rows where the label is −1. No gradient passes.
+    """
+    own_NK = own_NK.detach().to(torch.promote_types(own_NK.dtype, torch.float32))
+    if kappa < LOG_DOMAIN_BELOW if log_domain is None else log_domain:
+        return _sinkhorn_log(own_NK, labels_N, num_classes, kappa, iterations, all_reduce)
+    taking_part_N = labels_N >= 0
+    class_N = labels_N.clamp(min=0)
+    # The constant shift is the same for all pixels, classes and ranks; cosines are at most 1.
+    kernel_NK = torch.where(taking_part_N[:, None], ((own_NK - 1) / kappa).exp(), 0)
+    plan_NK = kernel_NK
+    for _ in range(iterations):
+        taken_CK = _reduced(
+            plan_NK.new_zeros(num_classes, own_NK.shape[1]).index_add_(0, class_N, plan_NK), all_reduce
+        )
+        # The share N_c/K is left out: it is the same for all k, and the pixel marginal cancels it.
+        plan_NK = plan_NK * torch.where(taken_CK > 0, 1 / taken_CK, 0)[class_N]
+        given_N1 = plan_NK.sum(1, keepdim=True)
+        plan_NK = plan_NK * torch.where(given_N1 > 0, 1 / given_N1, 0)
+    return plan_NK
+
+
+def _sinkhorn_log(
+    own_NK: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    kappa: float,
+    iterations: int,
+    all_reduce: AllReduce | None,
+) -> Tensor:
+    """The same with logarithms: for any κ, and slower."""
+    taking_part_N1 = (labels_N >= 0)[:, None]
+    class_N = labels_N.clamp(min=0)
+    lowest = torch.finfo(own_NK.dtype).min
+    shape_CK = (num_classes, own_NK.shape[1])
+    index_NK = class_N[:, None].expand_as(own_NK)
+    log_NK = own_NK / kappa
+    for _ in range(iterations):
+        masked_NK = log_NK.masked_fill(~taking_part_N1, lowest)
+        top_CK = log_NK.new_full(shape_CK, lowest).scatter_reduce(0, index_NK, masked_NK, "amax")
+        top_CK = top_CK if all_reduce is None else all_reduce(top_CK, "max")
+        part_NK = torch.where(taking_part_N1, (log_NK - top_CK[class_N]).exp(), 0)
+        sum_CK = _reduced(part_NK.new_zeros(shape_CK).index_add_(0, class_N, part_NK), all_reduce)
+        log_NK = log_NK - (top_CK + sum_CK.clamp(min=torch.finfo(sum_CK.dtype).tiny).log())[class_N]
+        log_NK = log_NK.masked_fill(~taking_part_N1, 0)
+        log_NK = log_NK - log_NK.logsumexp(1, keepdim=True)
+    return torch.where(taking_part_N1, log_NK.exp(), 0)
+
+
+def assign(plan_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """The prototype each pixel belongs to: argmax over k of the plan, −1 where the label is −1. int64 (N,)."""
+    return torch.where(labels_N >= 0, plan_NK.argmax(1), -1)
+
+
+def cluster_counts(
+    labels_N: Tensor, assignment_N: Tensor, num_classes: int, num_prototypes: int, dtype: torch.dtype
+) -> Tensor:
+    """Number (C, K) of pixels assigned to each prototype, on this rank alone."""
+    row_N = _rows(labels_N, assignment_N, num_classes, num_prototypes)
+    ones_N = torch.ones_like(row_N, dtype=dtype)
+    counts_R = ones_N.new_zeros(num_classes * num_prototypes + 1).index_add_(0, row_N, ones_N)
+    return counts_R[:-1].view(num_classes, num_prototypes)
+
+
+def cluster_sums(
+    emb_ND: Tensor, labels_N: Tensor, assignment_N: Tensor, num_classes: int, num_prototypes: int
+) -> Tensor:
+    """Sum (C, K, D) of the embeddings assigned to each prototype, on this rank alone."""
+    row_N = _rows(labels_N, assignment_N, num_classes, num_prototypes)
+    sums_RD = emb_ND.new_zeros(num_classes * num_prototypes + 1, emb_ND.shape[1])
+    return sums_RD.index_add_(0, row_N, emb_ND.detach())[:-1].view(num_classes, num_prototypes, -1)
+
+
+def _rows(labels_N: Tensor, assignment_N: Tensor, num_classes: int, num_prototypes: int) -> Tensor:
+    """c·K + k, and the row after the last for pixels that take no part."""
+    counted_N = (labels_N >= 0) & (assignment_N >= 0)
+    return torch.where(counted_N, labels_N * num_prototypes + assignment_N, num_classes * num_prototypes)
+
+
+def cluster_means(
+    emb_ND: Tensor,
+    labels_N: Tensor,
+    assignment_N: Tensor,
+    num_classes: int,
+    num_prototypes: int,
+    all_reduce: AllReduce | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean (C, K, D), not normalised, and number (C, K) of the embeddings assigned to each prototype.
+
+    labels_N, assignment_N: int64, −1 takes no part. Mean 0 where there is no pixel. No gradient passes.
+    """
+    sums_CKD = cluster_sums(emb_ND, labels_N, assignment_N, num_classes, num_prototypes)
+    counts_CK = cluster_counts(labels_N, assignment_N, num_classes, num_prototypes, emb_ND.dtype)
+    counts_CK = _reduced(counts_CK, all_reduce)
+    return divided(_reduced(sums_CKD, all_reduce), counts_CK), counts_CK
+
+
+def divided(sums_CKD: Tensor, counts_CK: Tensor) -> Tensor:
+    """Means from sums and counts; 0 where the count is 0."""
+    return sums_CKD / counts_CK.clamp(min=1)[..., None]
+
+
+def momentum_update(protos_CKD: Tensor, means_CKD: Tensor, counts_CK: Tensor, momentum: float) -> Tensor:
+    """p ← l2norm(μ·p + (1−μ)·l2norm(mean)) where a prototype has pixels, p itself elsewhere (ProtoSeg Eq. 10).
+
+    A mean, or a result, shorter than 1e-6 has no direction: p stays, bit for bit. Returns (C, K, D).
+    """
+    norm_CK1 = means_CKD.norm(dim=-1, keepdim=True)
+    moved_CKD = momentum * protos_CKD + (1 - momentum) * means_CKD / norm_CK1.clamp(min=MIN_NORM)
+    length_CK1 = moved_CKD.norm(dim=-1, keepdim=True)
+    moves_CK1 = (counts_CK[..., None] > 0) & (norm_CK1 >= MIN_NORM) & (length_CK1 >= MIN_NORM)
+    return torch.where(moves_CK1, moved_CKD / length_CK1.clamp(min=MIN_NORM), protos_CKD)
+
+
+def spread_prototypes(
+    emb_ND: Tensor,
+    labels_N: Tensor,
+    protos_CKD: Tensor,
+    wanted_CK: Tensor,
+    all_reduce: AllReduce | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Place the prototypes of `wanted_CK` (bool) on their classes' worst-fitted pixels, one after the other.
+
+    Farthest-point choice, all classes at once: prototype k goes to the pixel of its class whose best cosine
+    with the prototypes that stand already is lowest, the first of a class to the pixel nearest the class's mean.
+    A pixel that is chosen twice (fewer pixels than K) is told apart by a little of the prototype's old direction.
+    Loops over K. Returns (protos_CKD, placed_CK); nothing is placed for classes without a pixel on any rank.
+    """
+    emb_ND = emb_ND.detach()
+    num_classes, num_prototypes, dim = protos_CKD.shape
+    class_N = labels_N.clamp(min=0)
+    taking_part_N = labels_N >= 0
+    mean_CD, count_C = _class_means(emb_ND, labels_N, num_classes, all_reduce)
+    placed_CK = wanted_CK & (count_C > 0)[:, None]
+    protos_CKD = protos_CKD.clone()
+    stands_C = torch.zeros(num_classes, dtype=torch.bool, device=emb_ND.device)
+    best_N = emb_ND.new_full(emb_ND.shape[:1], -2.0)
+    for k in range(num_prototypes):
+        stays_C = ~wanted_CK[:, k]
+        cosine_N = (emb_ND * protos_CKD[:, k][class_N]).sum(1)
+        best_N = torch.where(stays_C[class_N], best_N.maximum(cosine_N), best_N)
+        stands_C = stands_C | stays_C
+    to_mean_N = (emb_ND * mean_CD[class_N]).sum(1)
+    # Exact ties are broken by what the pixels are, not by where they are: the order differs between ranks.
+    tie_N = emb_ND @ torch.linspace(1, 2, dim, dtype=emb_ND.dtype, device=emb_ND.device).sin()
+    for k in range(num_prototypes):
+        key_N = torch.where(stands_C[class_N], -best_N, to_mean_N)
+        chosen_N = _is_class_max(key_N, taking_part_N, class_N, num_classes, all_reduce)
+        chosen_N = _is_class_max(tie_N, chosen_N, class_N, num_classes, all_reduce)
+        point_CD, _ = _class_means(emb_ND, torch.where(chosen_N, class_N, -1), num_classes, all_reduce)
+        again_C1 = (_class_max(best_N, chosen_N, class_N, num_classes, all_reduce) > 1 - 1e-6)[:, None]
+        point_CD = unit(torch.where(again_C1, point_CD + 0.1 * protos_CKD[:, k], point_CD))
+        protos_CKD[:, k] = torch.where(placed_CK[:, k, None], point_CD, protos_CKD[:, k])
+        cosine_N = (emb_ND * point_CD[class_N]).sum(1)
+        best_N = torch.where(placed_CK[:, k][class_N], best_N.maximum(cosine_N), best_N)
+        stands_C = stands_C | placed_CK[:, k]
+    return protos_CKD, placed_CK
+
+
+def _class_means(
+    emb_ND: Tensor, labels_N: Tensor, num_classes: int, all_reduce: AllReduce | None
+) -> tuple[Tensor, Tensor]:
+    """Mean embedding (C, D) and number (C,) of each class's pixels over all ranks."""
+    means_C1D, counts_C1 = cluster_means(emb_ND, labels_N, labels_N.clamp(max=0), num_classes, 1, all_reduce)
+    return means_C1D[:, 0], counts_C1[:, 0]
+
+
+def _class_max(
+    values_N: Tensor, taking_part_N: Tensor, class_N: Tensor, num_classes: int, all_reduce: AllReduce | None
+) -> Tensor:
+    """Largest value (C,) of the pixels that take part, per class and over all ranks."""
+    lowest = torch.finfo(values_N.dtype).min
+    top_C = values_N.new_full((num_classes,), lowest)
+    top_C = top_C.scatter_reduce(0, class_N, values_N.masked_fill(~taking_part_N, lowest), "amax")
+    return top_C if all_reduce is None else all_reduce(top_C, "max")
+
+
+def _is_class_max(
+    values_N: Tensor, taking_part_N: Tensor, class_N: Tensor, num_classes: int, all_reduce: AllReduce | None
+) -> Tensor:
+    """Whether a pixel has the largest value of those of its class that take part."""
+    top_C = _class_max(values_N, taking_part_N, class_N, num_classes, all_reduce)
+    return taking_part_N & (values_N == top_C[class_N])
+
+
+def _reduced(tensor: Tensor, all_reduce: AllReduce | None) -> Tensor:
+    return tensor if all_reduce is None else all_reduce(tensor, "sum")
+
+
+class Health(NamedTuple):
+    """State of each class's prototypes, all (C,) float; NaN where a class has none yet or was never used."""
+
+    effective_k: Tensor  # perplexity of use: K if all are used alike, 1 if only one is
+    mean_intra_cosine: Tensor  # over pairs of one class; 1 means that they coincide
+    max_intra_cosine: Tensor
+    dead: Tensor  # prototypes that got no pixel for `dead_after` steps
+    churn: Tensor  # how far a prototype moves per update (chord length), averaged over recent updates
+
+    def to_plain(self) -> dict[str, list[float | None]]:
+        """Lists of numbers for JSON, None where a value is not defined."""
+        return {
+            name: [None if value != value else value for value in values.tolist()]
+            for name, values in zip(self._fields, self)
+        }
+
+
+def health(
+    protos_CKD: Tensor,
+    usage_CK: Tensor,
+    idle_CK: Tensor,
+    movement_CK: Tensor,
+    live_C: Tensor,
+    dead_after: int,
+) -> Health:
+    """Per-class health from the prototypes and their counters.
+
+    usage_CK: pixels received (decayed sum). idle_CK: steps without a pixel. movement_CK: mean step length.
+    """
+    num_prototypes = protos_CKD.shape[1]
+    unknown = protos_CKD.new_tensor(float("nan"))
+    share_CK = usage_CK / usage_CK.sum(1, keepdim=True)
+    entropy_C = -torch.xlogy(share_CK, share_CK).sum(1)
+    cosine_CKK = protos_CKD @ protos_CKD.mT
+    upper_KK = torch.ones(num_prototypes, num_prototypes, device=protos_CKD.device).triu(1).bool()
+    pairs_CP = cosine_CKK[:, upper_KK]
+    several = num_prototypes > 1
+    values = (
+        entropy_C.exp(),
+        pairs_CP.mean(1) if several else unknown.expand(len(protos_CKD)),
+        pairs_CP.amax(1) if several else unknown.expand(len(protos_CKD)),
+        (idle_CK >= dead_after).sum(1).to(protos_CKD.dtype),
+        movement_CK.mean(1),
+    )
+    return Health(*(torch.where(live_C, value, unknown) for value in values))

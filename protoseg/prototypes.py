@@ -1,0 +1,338 @@
+"""PrototypeHead: a segmentation classifier whose prototypes are clustered from the data, not learned.
+
+A thin shell around the functions of `clustering` and `losses`; needs torch only.
+B images, C classes, K prototypes per class, D channels, (h, w) pixels; N = B·h·w pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from protoseg.clustering import (
+    AllReduce,
+    Health,
+    assign,
+    cluster_counts,
+    cluster_means,
+    cluster_sums,
+    divided,
+    health,
+    momentum_update,
+    prototype_scores,
+    sinkhorn,
+    spread_prototypes,
+    unit,
+)
+from protoseg.losses import ppc_loss, ppd_loss
+
+__all__ = [
+    "Health",
+    "PrototypeHead",
+    "TrainingOutput",
+    "assign",
+    "cluster_means",
+    "health",
+    "momentum_update",
+    "prototype_scores",
+    "sinkhorn",
+    "spread_prototypes",
+]
+
+NOT_LIVE = -1e4  # logit of a class without prototypes; finite, since upsampling would turn −inf into NaN
+MEMORY = 0.99  # decay per update of the counters that `health` reads
+DEAD_AFTER = 100  # steps after which `health` calls a prototype dead where revival is off
+
+
+@dataclass(frozen=True)
+class TrainingOutput:
+    """What `PrototypeHead.training_step` returns, and `update_` takes."""
+
+    logits: Tensor  # (B, C, h, w)
+    ppc: Tensor  # 0-d
+    ppd: Tensor  # 0-d
+    assignment: Tensor  # (B, h, w) int64, the pixel's prototype within its class, −1 where it takes no part
+    labels: Tensor  # (B, h, w) int64, −1 where the pixel takes no part
+    moves: Tensor  # (B, h, w) bool, whether the pixel moves its prototype (`update_pixels`)
+    embedding: Tensor  # (N, D) detached, unit length
+
+
+class PrototypeHead(nn.Module):
+    """Classify each pixel by its nearest prototype, K per class (ProtoSeg, CVPR 2022).
+
+    features (B, D, h, w) → logits (B, C, h, w) = logit_scale · max over k of the cosine. Half types are promoted
+    to float32, double stays double. Buffers, all updated in place by `prepare_`, `update_` and the editing
+    methods only: `prototypes` (C, K, D) of unit length and `initialized` (C,), besides counters.
+
+    dim: D. temperature: τ of PPC. kappa, sinkhorn_iterations: of the clustering. momentum: μ. start: "data"
+    waits for `prepare_` to see a class, "random" needs no `prepare_`. update_pixels: "correct" lets only rightly
+    classified pixels move prototypes. score_norm: "layer_norm" has 2·C learnable numbers in place of
+    logit_scale. revive_after: steps without a pixel until `prepare_` moves a prototype elsewhere, 0 for never.
+    score_dtype: of the N × CK product (default float32, or double for double features). chunk_size: pixels
+    per chunk of it (default from the sizes). all_reduce(tensor, "sum" | "max"): joins distributed ranks.
+    """
+
+    prototypes: Tensor
+    initialized: Tensor
+    usage: Tensor
+    idle: Tensor
+    movement: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        num_prototypes: int = 10,
+        *,
+        ignore_index: int = 255,
+        momentum: float = 0.99,
+        kappa: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        temperature: float = 0.1,
+        logit_scale: float = 10.0,
+        start: Literal["data", "random"] = "data",
+        update_pixels: Literal["all", "correct"] = "all",
+        score_norm: Literal["scale", "layer_norm"] = "scale",
+        revive_after: int = 100,
+        score_dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        all_reduce: AllReduce | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("num_classes", num_classes), ("num_prototypes", num_prototypes)):
+            if value < 1:
+                raise ValueError(f"PrototypeHead: {name} must be at least 1, got {value}")
+        for name, given, known in (
+            ("start", start, ("data", "random")),
+            ("update_pixels", update_pixels, ("all", "correct")),
+            ("score_norm", score_norm, ("scale", "layer_norm")),
+        ):
+            if given not in known:
+                raise ValueError(f"PrototypeHead: {name} must be one of {known}, got {given!r}")
+        self.dim = dim
+        self.ignore_index = ignore_index
+        self.momentum = momentum
+        self.kappa = kappa
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.temperature = temperature
+        self.logit_scale = logit_scale
+        self.start = start
+        self.update_pixels = update_pixels
+        self.score_norm = score_norm
+        self.revive_after = revive_after
+        self.score_dtype = score_dtype
+        self.chunk_size = chunk_size
+        self.all_reduce = all_reduce
+        self.register_buffer("prototypes", unit(torch.randn(num_classes, num_prototypes, dim)))
+        self.register_buffer("initialized", torch.full((num_classes,), start == "random"))
+        self.register_buffer("usage", torch.zeros(num_classes, num_prototypes))
+        self.register_buffer("idle", torch.zeros(num_classes, num_prototypes, dtype=torch.int64))
+        self.register_buffer("movement", torch.zeros(num_classes, num_prototypes))
+        if score_norm == "layer_norm":
+            self.norm_weight = nn.Parameter(torch.ones(num_classes))
+            self.norm_bias = nn.Parameter(torch.zeros(num_classes))
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.prototypes.shape[0]
+
+    @property
+    def num_prototypes(self) -> int:
+        """K."""
+        return self.prototypes.shape[1]
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return f"dim={self.dim}, num_classes={self.num_classes}, num_prototypes={self.num_prototypes}"
+
+    def forward(self, features: Tensor, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, C, h, w); with return_distance also 1 − cosine of the nearest prototype (B, h, w)."""
+        with torch.autocast(features.device.type, enabled=False):
+            emb_ND = self._embed(features)
+            ignored_N = torch.full_like(emb_ND[:, 0], -1, dtype=torch.int64)
+            scores_NC = self._scores(emb_ND, ignored_N)[0]
+            logits = self._logits(scores_NC, features)
+            if not return_distance:
+                return logits
+            batch, _, height, width = features.shape
+            return logits, 1 - scores_NC.amax(1).view(batch, height, width)
+
+    def training_step(self, features: Tensor, labels: Tensor, scale: Tensor | None = None) -> TrainingOutput:
+        """Logits, PPC, PPD and the assignment of one batch; changes nothing.
+
+        features (B, D, h, w), labels (B, h, w) integer at the same resolution (see `downsample_labels`). scale:
+        from `loss_scale`; by default W / global number of pixels that take part in this call. Pixels take no
+        part whose label is ignore_index, no class, or a class without prototypes: their loss is 0.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            emb_ND = self._embed(features)
+            labels_N = self._valid_labels(features, labels)
+            scores_NC, own_NK, log_sum_exp_N = self._scores(emb_ND, labels_N)
+            plan_NK = sinkhorn(
+                own_NK,
+                labels_N,
+                self.num_classes,
+                self.kappa,
+                self.sinkhorn_iterations,
+                all_reduce=self.all_reduce,
+            )
+            assignment_N = assign(plan_NK, labels_N)
+            labelled_N = labels_N >= 0
+            if scale is None:
+                scale = self._default_scale(labelled_N)
+            scale = scale.to(emb_ND.dtype)
+            positive_N = own_NK.gather(1, assignment_N.clamp(min=0)[:, None])[:, 0]
+            logits = self._logits(scores_NC, features)
+            moves_N = labelled_N
+            if self.update_pixels == "correct":
+                moves_N = labelled_N & (logits.detach().argmax(1).flatten() == labels_N)
+            return TrainingOutput(
+                logits,
+                ppc_loss(log_sum_exp_N, positive_N, labelled_N, self.temperature, scale),
+                ppd_loss(positive_N, labelled_N, scale),
+                assignment_N.view_as(labels),
+                labels_N.view_as(labels),
+                moves_N.view_as(labels),
+                emb_ND.detach(),
+            )
+
+    @torch.no_grad()
+    def update_(self, *outs: TrainingOutput) -> None:
+        """Move the prototypes towards the mean of their pixels, once for all micro-batches `outs` of a step."""
+        num_classes, num_prototypes = self.num_classes, self.num_prototypes
+        sums_CKD = torch.zeros_like(self.prototypes)
+        moving_CK = torch.zeros_like(self.usage)
+        counts_CK = torch.zeros_like(self.usage)
+        for out in outs:
+            labels_N, assignment_N = out.labels.flatten(), out.assignment.flatten()
+            moving_N = torch.where(out.moves.flatten(), assignment_N, -1)
+            sizes = (num_classes, num_prototypes)
+            sums_CKD = sums_CKD + cluster_sums(out.embedding, labels_N, moving_N, *sizes)
+            moving_CK = moving_CK + cluster_counts(labels_N, moving_N, *sizes, moving_CK.dtype)
+            counts_CK = counts_CK + cluster_counts(labels_N, assignment_N, *sizes, counts_CK.dtype)
+        if self.all_reduce is not None:
+            flat = torch.cat([sums_CKD.flatten(), moving_CK.flatten(), counts_CK.flatten()])
+            parts = self.all_reduce(flat, "sum").split(
+                [sums_CKD.numel(), moving_CK.numel(), counts_CK.numel()]
+            )
+            sums_CKD, moving_CK, counts_CK = (
+                part.view_as(like) for part, like in zip(parts, (sums_CKD, moving_CK, counts_CK))
+            )
+        moved_CKD = momentum_update(self.prototypes, divided(sums_CKD, moving_CK), moving_CK, self.momentum)
+        step_CK = (moved_CKD - self.prototypes).norm(dim=-1)
+        pixels_C1 = counts_CK.sum(1, keepdim=True)
+        present_C1 = pixels_C1 > 0
+        # A class that is absent, or has fewer pixels than prototypes, says nothing against any of them.
+        idle_CK = torch.where(pixels_C1 >= num_prototypes, self.idle + 1, self.idle)
+        self.idle.copy_(torch.where(counts_CK > 0, 0, idle_CK))
+        self.usage.copy_(torch.where(present_C1, MEMORY * self.usage + counts_CK, self.usage))
+        mean_step_CK = MEMORY * self.movement + (1 - MEMORY) * step_CK
+        self.movement.copy_(torch.where(present_C1, mean_step_CK, self.movement))
+        self.prototypes.copy_(moved_CKD)
+
+    @torch.no_grad()
+    def prepare_(self, features: Tensor, labels: Tensor) -> None:
+        """Give prototypes to classes seen for the first time, and a new place to those that got no pixels.
+
+        Call it when `initialized` lacks a class of the batch, and every `revive_after` steps. With
+        `all_reduce` every rank must call it; a class counts as seen if any rank has a pixel of it.
+        """
+        wanted_CK = (~self.initialized)[:, None] | self._dead()
+        if not wanted_CK.any():
+            return
+        with torch.autocast(features.device.type, enabled=False):
+            emb_ND = self._embed(features)
+            labels_N = self._valid_labels(features, labels, only_initialized=False)
+            protos_CKD, placed_CK = spread_prototypes(
+                emb_ND, labels_N, self.prototypes, wanted_CK, self.all_reduce
+            )
+        self.prototypes.copy_(protos_CKD)
+        self.initialized.logical_or_(placed_CK.any(1))
+        self.idle.masked_fill_(placed_CK, 0)
+
+    @torch.no_grad()
+    def health(self) -> Health:
+        """Per-class state of the prototypes: effective K, cosines within a class, dead ones, churn."""
+        return health(
+            self.prototypes,
+            self.usage,
+            self.idle,
+            self.movement,
+            self.initialized,
+            self.revive_after or DEAD_AFTER,
+        )
+
+    def _dead(self) -> Tensor:
+        """Prototypes (C, K) that revival moves."""
+        return (
+            self.idle >= self.revive_after
+            if self.revive_after
+            else torch.zeros_like(self.idle, dtype=torch.bool)
+        )
+
+    def _embed(self, features: Tensor) -> Tensor:
+        """Unit embeddings (N, D) of a feature map (B, D, h, w)."""
+        if features.ndim != 4 or features.shape[1] != self.dim:
+            raise ValueError(
+                f"PrototypeHead: features must be (B, {self.dim}, h, w), got {tuple(features.shape)}"
+            )
+        rows = features.permute(0, 2, 3, 1).reshape(-1, self.dim)
+        return unit(rows)
+
+    def _valid_labels(self, features: Tensor, labels: Tensor, only_initialized: bool = True) -> Tensor:
+        """Labels (N,), −1 for pixels that take no part."""
+        expected = (features.shape[0], *features.shape[2:])
+        if labels.shape != expected:
+            raise ValueError(
+                f"PrototypeHead: labels must be {tuple(expected)} like the features, got {tuple(labels.shape)};"
+                " use protoseg.losses.downsample_labels"
+            )
+        labels_N = labels.reshape(-1).long()
+        valid_N = (labels_N >= 0) & (labels_N < self.num_classes) & (labels_N != self.ignore_index)
+        labels_N = torch.where(valid_N, labels_N, -1)
+        if only_initialized:
+            labels_N = torch.where(self.initialized[labels_N.clamp(min=0)], labels_N, -1)
+        return labels_N
+
+    def _scores(self, emb_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return prototype_scores(
+            emb_ND,
+            self.prototypes.to(emb_ND.dtype),
+            labels_N,
+            self.temperature,
+            self.initialized,
+            score_dtype=self.score_dtype,
+            chunk_size=self.chunk_size,
+        )
+
+    def _logits(self, scores_NC: Tensor, features: Tensor) -> Tensor:
+        """Scores (N, C) scaled or normalised, as a map (B, C, h, w)."""
+        batch, _, height, width = features.shape
+        live_C = self.initialized
+        if self.score_norm == "layer_norm":
+            # Over the live classes only; the published code has LayerNorm here.
+            count = live_C.sum().clamp(min=1)
+            centred_NC = scores_NC - torch.where(live_C, scores_NC, 0).sum(1, keepdim=True) / count
+            variance_N1 = torch.where(live_C, centred_NC.square(), 0).sum(1, keepdim=True) / count
+            scores_NC = centred_NC * (variance_N1 + 1e-5).rsqrt() * self.norm_weight + self.norm_bias
+        else:
+            scores_NC = scores_NC * self.logit_scale
+        logits_NC = scores_NC.masked_fill(~live_C, NOT_LIVE)
+        return logits_NC.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    def _default_scale(self, labelled_N: Tensor) -> Tensor:
+        count = labelled_N.sum().double()
+        both = torch.stack([count, torch.ones_like(count)])
+        if self.all_reduce is not None:
+            both = self.all_reduce(both, "sum")
+        return both[1] / both[0].clamp(min=1)
+
+    def _apply(self, fn: object, recurse: bool = True) -> "PrototypeHead":
+        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        # In half precision a momentum of 0.99 would be rounded away.
+        for name in ("prototypes", "usage", "movement"):
+            buffer = getattr(self, name)
+            setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
+        return self
