@@ -91,7 +91,7 @@ def build_dataset(
 
     classes, palette, ignore_index and label_map describe a `folder`; the other datasets bring their own. A
     label map sends raw ids to class ids, class names or "ignore". `exclude` is a text file with paths of
-    images or labels to leave out, one per line, relative to `root`. `seed` is for the scenes of `digits` only.
+    images or labels to leave out, one per line, relative to `root`. `seed` is for the scenes of `digits`.
     Raises UserError, one line, for anything wrong with the names or the files.
     """
     spec = dataset_spec(name, classes, palette, ignore_index, label_map)
@@ -239,7 +239,7 @@ def _target(raw: int, target: int | str, names: tuple[str, ...]) -> int | str:
         return target
     if target in names:
         return names.index(str(target))
-    if isinstance(target, int) and 0 <= target < len(names):
+    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(names):
         return target
     raise UserError(
         f"data.label_map: raw id {raw} goes to {target!r}, which is no class id 0-{len(names) - 1}, "

@@ -204,7 +204,12 @@ def _collate(samples: "list[_Sample | _Bad]") -> "tuple[Batch, tuple[str, ...]] 
 
 
 def _worker_options(workers: int) -> dict:
-    options: dict = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    # Its own generator: by default each pass would draw a number from the global RNG.
+    options: dict = {
+        "num_workers": workers,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),
+    }
     if workers:
         options |= {"worker_init_fn": _start_worker, "prefetch_factor": 4}
     return options

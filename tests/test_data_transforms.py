@@ -1,0 +1,156 @@
+import pytest
+import torch
+
+from protoseg.data import TrainTransform
+from protoseg.data.transforms import MEAN_COLOUR
+
+OFF = {"scale": (1.0, 1.0), "cat_max_ratio": 1.0, "flip": 0.0, "photometric": False}
+
+
+def coded(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image whose every channel holds its pixel's label, smooth enough to survive bilinear scaling."""
+    label = (torch.arange(rows)[:, None] // 8 * 16 + torch.arange(columns)[None] // 8).to(torch.uint8)
+    return label.expand(3, -1, -1).clone(), label
+
+
+def test_all_off_is_a_plain_crop():
+    image, label = coded(40, 56)
+    torch.manual_seed(0)
+    places = set()
+    for _ in range(30):
+        out, mask = TrainTransform(crop=(16, 24), ignore_index=255, **OFF)(image, label)
+        assert out.shape == (3, 16, 24)
+        assert torch.equal(out[0], mask)
+        windows = label.unfold(0, 16, 1).unfold(1, 24, 1)  # every crop there is
+        assert (windows == mask).all(-1).all(-1).any()
+        places.add(tuple(mask[0].tolist()))
+    assert len(places) > 5
+
+
+def test_same_size_and_off_is_the_identity():
+    image, label = coded(32, 48)
+    out, mask = TrainTransform(crop=(32, 48), ignore_index=255, **OFF)(image, label)
+    assert torch.equal(out, image)
+    assert torch.equal(mask, label)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("crop", [(16, 16), (33, 47), (100, 20), (90, 120)])
+def test_image_and_label_stay_together(crop, dtype):
+    """The image is the label here, so after scale, crop, pad and flip only blended edges differ."""
+    torch.manual_seed(1)
+    image, label = coded(48, 64)
+    transform = TrainTransform(crop=crop, ignore_index=255, scale=(0.5, 2.0), photometric=False)
+    for _ in range(40):
+        out, mask = transform(image, label.to(dtype))
+        assert out.shape == (3, *crop)
+        assert mask.shape == crop
+        assert out.dtype == torch.uint8
+        assert mask.dtype == dtype
+        assert type(out) is type(mask) is torch.Tensor
+        known = mask != 255
+        assert known.any()
+        same = out[0].int() == mask.int()
+        # 8-pixel squares scaled by s have blended borders about max(1, s) wide on each side
+        assert (same & known).sum() > 0.4 * known.sum()
+        assert (out[:, known] == out[:1, known]).all()
+        assert (out[:, ~known] == torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None]).all()
+
+
+def test_scaled_step_edge_is_where_the_label_says():
+    """A black to white edge: bilinear image and nearest label change at the same place, at any scale."""
+    label = (torch.arange(60) >= 23).to(torch.uint8).expand(60, 60).contiguous()
+    image = (label * 255).expand(3, -1, -1).contiguous()
+    torch.manual_seed(0)
+    transform = TrainTransform(crop=(40, 60), ignore_index=255, cat_max_ratio=1, flip=0, photometric=False)
+    worst = 0
+    for _ in range(50):
+        out, mask = transform(image, label)
+        known = (mask != 255)[0]
+        wrong = ((out[0, 0] > 127) != (mask[0] == 1)) & known
+        worst = max(worst, int(wrong.sum()))
+    assert worst <= 1
+
+
+def test_scale_range_is_reached_and_kept():
+    torch.manual_seed(0)
+    label = torch.zeros(100, 100, dtype=torch.uint8)
+    transform = TrainTransform(
+        crop=(400, 400), ignore_index=255, scale=(0.5, 2.0), cat_max_ratio=1, flip=0, photometric=False
+    )
+    sides = [int((transform(label.expand(3, -1, -1), label)[1][0] == 0).sum()) for _ in range(200)]
+    assert 50 <= min(sides) < 60
+    assert 190 < max(sides) <= 200
+
+
+@pytest.mark.parametrize("ignored_border", [False, True])
+def test_no_class_fills_more_than_its_share_where_a_crop_obeys(ignored_border):
+    torch.manual_seed(0)
+    label = torch.zeros(64, 64, dtype=torch.uint8)
+    label[:, 32:] = 1
+    if ignored_border:
+        label[:, :6] = 255
+    transform = TrainTransform(crop=(16, 32), ignore_index=255, scale=(1, 1), flip=0, photometric=False)
+    free = TrainTransform(crop=(16, 32), ignore_index=255, **OFF)
+
+    def broken(t: TrainTransform) -> int:
+        count = 0
+        for _ in range(100):
+            mask = t(label.expand(3, -1, -1), label)[1]
+            counts = torch.bincount(mask[mask != 255].flatten())
+            count += bool(counts.max() > 0.75 * counts.sum())
+        return count
+
+    assert broken(free) > 30  # of the 33 places half obey; ten tries miss them once in a thousand
+    assert broken(transform) <= 2
+
+
+def test_rule_gives_way_where_no_crop_obeys():
+    label = torch.zeros(20, 20, dtype=torch.uint8)
+    mask = TrainTransform(crop=(8, 8), ignore_index=255)(label.expand(3, -1, -1), label)[1]
+    assert (mask == 0).all()
+    label.fill_(255)
+    mask = TrainTransform(crop=(8, 8), ignore_index=255)(label.expand(3, -1, -1), label)[1]
+    assert (mask == 255).all()
+
+
+def test_flip_mirrors_both_about_half_the_time():
+    image, label = coded(16, 24)
+    torch.manual_seed(0)
+    transform = TrainTransform(crop=(16, 24), ignore_index=255, **(OFF | {"flip": 0.5}))
+    flips = 0
+    for _ in range(100):
+        out, mask = transform(image, label)
+        flipped = not torch.equal(mask, label)
+        flips += flipped
+        assert torch.equal(out, image.flip(2) if flipped else image)
+        assert torch.equal(mask, label.flip(1) if flipped else label)
+    assert 30 < flips < 70
+
+
+def test_photometric_changes_colours_only():
+    torch.manual_seed(0)
+    image = torch.randint(60, 200, (3, 20, 20), dtype=torch.uint8)
+    label = torch.randint(0, 4, (20, 20), dtype=torch.uint8)
+    transform = TrainTransform(crop=(20, 20), ignore_index=255, **(OFF | {"photometric": True}))
+    outs = []
+    for _ in range(60):
+        out, mask = transform(image, label)
+        assert torch.equal(mask, label)
+        outs.append(out)
+    same = sum(torch.equal(out, image) for out in outs)
+    assert 0 < same < 15  # one in sixteen leaves all four out
+    change = torch.stack([(out.float() - image.float()).abs().mean() for out in outs])
+    assert change.max() > 15
+    assert change.max() < 90
+
+
+def test_chance_comes_from_torch_alone():
+    image, label = coded(64, 64)
+    transform = TrainTransform(crop=(32, 32), ignore_index=255)
+    torch.manual_seed(3)
+    first = transform(image, label)
+    torch.manual_seed(3)
+    again = transform(image, label)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
