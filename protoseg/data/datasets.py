@@ -1,21 +1,17 @@
 """Datasets on disk: one spec per dataset, one reader for all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
-
-import torch
 
 from protoseg.config import UserError
 from protoseg.data import classes as lists
 from protoseg.data import digits
-from protoseg.data.decode import read_image, read_label_ids
+from protoseg.data.decode import read_label_ids, read_mat_ids
+from protoseg.data.files import Dataset, FileDataset, Palette, ReadIds
 from protoseg.data.label_ids import IGNORE, LabelIds, LabelMap
 from protoseg.data.pairing import Split, check_pairing, pair_files, read_excluded
 from protoseg.data.palette import default_palette
-
-Palette = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -28,23 +24,54 @@ class DatasetSpec:
     homepage: str
     ignore_index: int = 255
     label_map: LabelMap | None = field(default=None, repr=False)
+    read_ids: ReadIds = read_label_ids
 
 
 def _folder_split(split: str) -> Split:
     return Split(f"images/{split}", f"labels/{split}")
 
 
+def _map(ids: Sequence[int], ignored: Iterable[int]) -> dict[int, int | str]:
+    """The label map of a published dataset: `ids` are the raw ids of its classes, in order."""
+    return {**dict.fromkeys(ignored, IGNORE), **{raw: target for target, raw in enumerate(ids)}}
+
+
+def _cityscapes(split: str) -> Split:
+    return Split(f"leftImg8bit/{split}", f"gtFine/{split}", ("_leftImg8bit.png",), ("_gtFine_labelIds.png",))
+
+
+def _cocostuff164k(split: str) -> Split:
+    # Trees that mmsegmentation has converted hold a second label file per image.
+    return Split(
+        f"images/{split}2017", f"annotations/{split}2017", (".jpg",), (".png",), ("_labelTrainIds.png",)
+    )
+
+
+def _voc(labels: str, label_ending: str, split: str, lists: str) -> Split:
+    return Split("JPEGImages", labels, (".jpg",), (label_ending,), listed=f"ImageSets/{lists}/{split}.txt")
+
+
+_CITYSCAPES_HOME = (
+    "https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip)"
+)
+_COCOSTUFF_HOME = "https://github.com/nightrome/cocostuff"
+_COCOSTUFF10K_HOME = "https://github.com/nightrome/cocostuff10k (cocostuff-10k-v1.1.zip)"
+_PCONTEXT_HOME = "https://cs.stanford.edu/~roozbeh/pascal-context and PASCAL VOC 2010"
+_COCOSTUFF_PALETTE = default_palette(len(lists.COCOSTUFF_CLASSES))
+_PCONTEXT_PALETTE = default_palette(len(lists.PCONTEXT_CLASSES))
+
+# The source of each class list stands beside it in classes.py; here: the file tree, and what 0 and void mean.
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(digits.CLASSES, digits.PALETTE, {}, "nothing to get: it is composed on the fly"),
     # Classes, palette and label map of a folder come from the YAML; every sub-folder of images/ is a split.
     "folder": DatasetSpec((), (), {}, "see 'Your own images' in the README"),
-    # SegNet tutorial form, 480×360: 0-10 are the classes, 255 (and 11 in the original files) is void.
+    # SegNet tutorial form, 480 x 360: 0-10 are the classes, 255 (and 11 in the original files) is void.
     "camvid": DatasetSpec(
         lists.CAMVID_CLASSES,
         lists.CAMVID_PALETTE,
         {split: _folder_split(split) for split in ("train", "val", "test")},
         "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/ (11 classes as in the SegNet tutorial)",
-        label_map={raw: raw for raw in range(11)} | {11: IGNORE},
+        label_map=_map(range(11), [11]),
     ),
     # ADEChallengeData2016: 0 is "other objects", not evaluated; 1-150 in the order of objectInfo150.txt.
     "ade20k": DatasetSpec(
@@ -55,24 +82,90 @@ DATASETS: dict[str, DatasetSpec] = {
             "val": Split("images/validation", "annotations/validation"),
         },
         "http://sceneparsing.csail.mit.edu (ADEChallengeData2016.zip)",
-        label_map={0: IGNORE} | {raw: raw - 1 for raw in range(1, 151)},
+        label_map=_map(range(1, 151), [0]),
+    ),
+    "cityscapes": DatasetSpec(
+        lists.CITYSCAPES_CLASSES,
+        lists.CITYSCAPES_PALETTE,
+        {split: _cityscapes(split) for split in ("train", "val", "test")},
+        _CITYSCAPES_HOME,
+        label_map=_map(lists.CITYSCAPES_IDS, range(34)),
+    ),
+    # stuffthingmaps: id - 1 is stored, 255 is unlabeled (README of the dataset, "Caffe-compatible ... maps").
+    "cocostuff164k": DatasetSpec(
+        lists.COCOSTUFF_CLASSES,
+        _COCOSTUFF_PALETTE,
+        {split: _cocostuff164k(split) for split in ("train", "val")},
+        f"{_COCOSTUFF_HOME} (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
+        label_map=_map([i - 1 for i in lists.COCOSTUFF_IDS], []),
+    ),
+    # The released .mat files, version 1.1: field S, 0 is unlabeled.
+    "cocostuff10k": DatasetSpec(
+        lists.COCOSTUFF_CLASSES,
+        _COCOSTUFF_PALETTE,
+        {
+            split: Split("images", "annotations", (".jpg",), (".mat",), listed=f"imageLists/{split}.txt")
+            for split in ("train", "test")
+        },
+        _COCOSTUFF10K_HOME,
+        label_map=_map(lists.COCOSTUFF_IDS, [0]),
+        read_ids=read_mat_ids,
+    ),
+    # The same as PNG, as mmsegmentation converts it: 0 is unlabeled, 1-171 are the classes.
+    "cocostuff10k_png": DatasetSpec(
+        lists.COCOSTUFF_CLASSES,
+        _COCOSTUFF_PALETTE,
+        {
+            split: Split(
+                f"images/{split}2014", f"annotations/{split}2014", (".jpg",), ("_labelTrainIds.png",)
+            )
+            for split in ("train", "test")
+        },
+        _COCOSTUFF10K_HOME,
+        label_map=_map(range(1, 172), [0]),
+    ),
+    # VOCdevkit/VOC2010 with the released trainval/*.mat beside JPEGImages: field LabelMap, 459 classes.
+    "pcontext": DatasetSpec(
+        lists.PCONTEXT_CLASSES,
+        _PCONTEXT_PALETTE,
+        {split: _voc("trainval", ".mat", split, "Main") for split in ("train", "val")},
+        _PCONTEXT_HOME,
+        label_map=_map(lists.PCONTEXT_IDS, range(460)),
+        read_ids=read_mat_ids,
+    ),
+    # The same as PNG: 0 is everything else, 1-59 are the classes.
+    "pcontext_png": DatasetSpec(
+        lists.PCONTEXT_CLASSES,
+        _PCONTEXT_PALETTE,
+        {
+            split: _voc("SegmentationClassContext", ".png", split, "SegmentationContext")
+            for split in ("train", "val")
+        },
+        _PCONTEXT_HOME,
+        label_map=_map(range(1, 60), [0]),
+    ),
+    # Palette PNGs, 0 is background, 255 the rim of the objects. Root: VOCdevkit/VOC2012.
+    "voc": DatasetSpec(
+        lists.VOC_CLASSES,
+        lists.VOC_PALETTE,
+        {
+            split: _voc("SegmentationClass", ".png", split, "Segmentation")
+            for split in ("train", "val", "trainval")
+        },
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        label_map=_map(range(21), []),
     ),
 }
-
-
-class Dataset(Protocol):
-    """What the loaders, the trainer and the figures ask of a dataset."""
-
-    classes: tuple[str, ...]
-    palette: Palette
-    ignore_index: int
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str:
-        """Unique stem, for messages and file names."""
-
-    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image (3, H, W) uint8 RGB and label (H, W) of class ids and `ignore_index`, uint8 or int32."""
+for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th class, which comes first
+    _spec = DATASETS[_name]
+    DATASETS[_name.replace("pcontext", "pcontext60")] = replace(
+        _spec,
+        classes=("background", *_spec.classes),
+        palette=((0, 0, 0), *_spec.palette),
+        label_map={
+            raw: 0 if target == IGNORE else int(target) + 1 for raw, target in (_spec.label_map or {}).items()
+        },
+    )
 
 
 def build_dataset(
@@ -99,7 +192,16 @@ def build_dataset(
         return digits.Digits(split, seed=seed)
     if root is None:
         raise UserError(f"data.root: '{name}' needs the folder where it lies; get it: {spec.homepage}")
-    return FileDataset(name, spec, Path(root), split, exclude)
+    root = Path(root)
+    excluded = read_excluded(exclude, root)
+    files: dict[str, tuple[Path, Path]] = {}
+    for part in split.split("+"):
+        pairing = pair_files(root, find_split(name, spec, root, part), spec.homepage, excluded)
+        check_pairing(pairing, part)
+        prefix = f"{part}/" if "+" in split else ""
+        files |= {prefix + stem: pair for stem, pair in pairing.pairs.items()}
+    ids = LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
+    return FileDataset(files, spec.classes, spec.palette, ids, spec.read_ids)
 
 
 def class_names(name: str, classes: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -125,49 +227,6 @@ def dataset_spec(
             "remove them, or use name: folder"
         )
     return DATASETS[name]
-
-
-class FileDataset:
-    """Image and label files of one or several splits. The files are paired here and read on demand."""
-
-    def __init__(
-        self, name: str, spec: DatasetSpec, root: Path, split: str, exclude: str | Path | None = None
-    ) -> None:
-        self.classes = spec.classes
-        self.palette = spec.palette
-        self.ignore_index = spec.ignore_index
-        self._ids = LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
-        excluded = read_excluded(exclude, root)
-        self.names: list[str] = []
-        self.files: list[tuple[Path, Path]] = []
-        parts = split.split("+")
-        for part in parts:
-            pairing = pair_files(root, find_split(name, spec, root, part), spec.homepage, excluded)
-            check_pairing(pairing, part)
-            prefix = f"{part}/" if len(parts) > 1 else ""
-            self.names += [prefix + stem for stem in pairing.pairs]
-            self.files += pairing.pairs.values()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        image_file, label_file = self.files[index]
-        image = read_image(image_file)
-        label = self._ids.to_classes(read_label_ids(label_file), label_file)
-        (height, width), (rows, columns) = image.shape[1:], label.shape
-        if (height, width) != (rows, columns):
-            turned = (
-                " (is the photograph turned by its EXIF tag?)" if (height, width) == (columns, rows) else ""
-            )
-            raise UserError(
-                f"{label_file}: label is {columns} x {rows} pixels, its image {image_file} is "
-                f"{width} x {height}{turned}; export both at the same size"
-            )
-        return image, torch.from_numpy(label)
 
 
 def find_split(name: str, spec: DatasetSpec, root: Path, split: str) -> Split:

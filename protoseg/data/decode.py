@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from torchvision import io
 
 from protoseg.config import UserError
@@ -55,6 +57,28 @@ def read_label_ids(path: Path) -> NDArray[np.integer]:
         raise
     except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: cannot read this label ({_reason(error)}); replace or remove it") from None
+
+
+def read_mat_ids(path: Path) -> NDArray[np.integer]:
+    """Label map of a MATLAB file as (H, W) raw ids: field S (COCO-Stuff 10k) or LabelMap (PASCAL-Context)."""
+    try:
+        fields = loadmat(str(path), variable_names=["S", "LabelMap"])
+        ids = fields["S"] if "S" in fields else fields["LabelMap"]
+        return ids.astype(np.uint16)  # stored as doubles by some files
+    except (OSError, TypeError, ValueError, KeyError, MatReadError, NotImplementedError) as error:
+        raise UserError(f"{path}: cannot read this label ({_reason(error)}); replace or remove it") from None
+
+
+def read_ade20k_ids(path: Path) -> NDArray[np.integer]:
+    """`*_seg.png` of the full ADE20K as (H, W) raw object ids: red // 10 · 256 + green.
+
+    Source: utils/utils_ade20k.py of github.com/CSAILVision/ADE20K.
+    """
+    try:
+        red, green, _ = io.decode_image(io.read_file(str(path)), mode=io.ImageReadMode.RGB).numpy()
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot read this label ({_reason(error)}); replace or remove it") from None
+    return (red // 10).astype(np.uint16) * 256 + green
 
 
 def _pillow_rgb(path: Path) -> torch.Tensor:

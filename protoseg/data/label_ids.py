@@ -19,6 +19,7 @@ class LabelIds:
         """`count` classes; `label_map` None means that ids in the files are class ids."""
         if label_map is None:
             label_map = {raw: raw for raw in range(count)}
+        self.ignore_index = ignored
         # Small ids stay in one byte, with one value spare to mark what is not in the map.
         small = count < 255 and ignored < 256
         self.dtype = np.uint8 if small else np.int32
@@ -49,6 +50,14 @@ class LabelIds:
                 "add them to data.label_map, or mend the file"
             )
         return label
+
+
+def export_ids(count: int, label_map: LabelMap | None) -> NDArray[np.int64]:
+    """(count,) the raw id of each class, for test servers that want the dataset's own ids."""
+    if label_map is None:
+        return np.arange(count)
+    raw_of = {target: raw for raw, target in reversed(list(label_map.items())) if target != IGNORE}
+    return np.array([raw_of[target] for target in range(count)])
 
 
 def id_ranges(ids: Sequence[int] | NDArray[np.integer], longest: int = 12) -> str:

@@ -15,6 +15,7 @@ class Split:
     labels: str
     image_endings: tuple[str, ...] = IMAGE_ENDINGS
     label_endings: tuple[str, ...] = LABEL_ENDINGS
+    other_endings: tuple[str, ...] = ()  # files of a label ending that are something else
     listed: str | None = None  # text file with the stems of the split, one per line; None = all files
 
 
@@ -37,7 +38,7 @@ def pair_files(root: Path, where: Split, homepage: str, excluded: frozenset[Path
                 f"data.root: folder {folder} does not exist and should hold {what}; get them: {homepage}"
             )
     images = _stems(images_at, where.image_endings)
-    labels = _stems(labels_at, where.label_endings)
+    labels = _stems(labels_at, where.label_endings, where.other_endings)
     missing: list[str] = []
     if where.listed is not None:
         wanted = _read_list(root / where.listed, homepage)
@@ -56,12 +57,12 @@ def pair_files(root: Path, where: Split, homepage: str, excluded: frozenset[Path
     )
 
 
-def _stems(folder: Path, endings: tuple[str, ...]) -> dict[str, Path]:
+def _stems(folder: Path, endings: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder).as_posix()
         ending = next((e for e in endings if below.lower().endswith(e.lower())), None)
-        if ending is None or path.name.startswith("."):
+        if ending is None or path.name.startswith(".") or path.name.endswith(others):
             continue
         stem = below[: -len(ending)]
         if stem in found:

@@ -1,0 +1,74 @@
+"""Samples read from image and label files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from protoseg.config import UserError
+from protoseg.data.decode import read_image
+from protoseg.data.label_ids import LabelIds
+
+Palette = tuple[tuple[int, int, int], ...]
+ReadIds = Callable[[Path], NDArray[np.integer]]  # label file → (H, W) raw ids
+
+
+class Dataset(Protocol):
+    """What the loaders, the trainer and the figures ask of a dataset."""
+
+    classes: tuple[str, ...]
+    palette: Palette
+    ignore_index: int
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str:
+        """Unique stem, for messages and file names."""
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (3, H, W) uint8 RGB and label (H, W) of class ids and `ignore_index`, uint8 or int32."""
+
+
+class FileDataset:
+    """Pairs of an image and a label file, read on demand. `files[i]` are the two paths of sample i."""
+
+    def __init__(
+        self,
+        files: dict[str, tuple[Path, Path]],  # by name
+        classes: tuple[str, ...],
+        palette: Palette,
+        ids: LabelIds,
+        read_ids: ReadIds,
+    ) -> None:
+        self.names = list(files)
+        self.files = list(files.values())
+        self.classes = classes
+        self.palette = palette
+        self.ignore_index = ids.ignore_index
+        self._ids = ids
+        self._read_ids = read_ids
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image_file, label_file = self.files[index]
+        image = read_image(image_file)
+        label = self._ids.to_classes(self._read_ids(label_file), label_file)
+        check_sizes(image.shape[1:], label.shape, image_file, label_file)
+        return image, torch.from_numpy(label)
+
+
+def check_sizes(image: tuple[int, ...], label: tuple[int, ...], image_file: Path, label_file: Path) -> None:
+    """Raises UserError where (height, width) of an image and its label differ."""
+    if tuple(image) != tuple(label):
+        turned = " (is the photograph turned by its EXIF tag?)" if tuple(image) == tuple(label[::-1]) else ""
+        raise UserError(
+            f"{label_file}: label is {label[1]} x {label[0]} pixels, its image {image_file} is "
+            f"{image[1]} x {image[0]}{turned}; export both at the same size"
+        )

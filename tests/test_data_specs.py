@@ -1,0 +1,168 @@
+"""Small trees in the form of the published datasets, and facts known about their class lists."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from protoseg.config import UserError
+from protoseg.data import DATASETS, build_dataset
+from protoseg.data.label_ids import export_ids
+
+COLOUR = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+
+
+def write(path: Path, array: np.ndarray, field: str = "S") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".mat":
+        savemat(path, {field: array, "names": np.array(["x"], dtype=object)}, do_compression=True)
+    else:
+        Image.fromarray(array).save(path)
+
+
+def write_list(path: Path, *stems: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{stem}\n" for stem in stems))
+
+
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"folder"}))
+def test_lists_are_complete(name):
+    spec = DATASETS[name]
+    assert len(spec.classes) == len(spec.palette) == len(set(spec.classes))
+    assert all(entry and entry == entry.strip() for entry in spec.classes)
+    assert all(len(colour) == 3 and 0 <= min(colour) <= max(colour) <= 255 for colour in spec.palette)
+    if spec.label_map is not None:
+        targets = [target for target in spec.label_map.values() if target != "ignore"]
+        assert set(targets) == set(range(len(spec.classes)))
+        ids = export_ids(len(spec.classes), spec.label_map)
+        assert [spec.label_map[int(raw)] for raw in ids] == list(range(len(spec.classes)))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "some"),
+    [
+        ("camvid", 11, {0: "sky", 8: "car", 10: "bicyclist"}),
+        ("ade20k", 150, {0: "wall", 12: "person", 20: "car", 41: "box", 116: "minibike", 149: "flag"}),
+        ("cityscapes", 19, {0: "road", 9: "terrain", 12: "rider", 16: "train", 18: "bicycle"}),
+        ("cocostuff164k", 171, {0: "person", 11: "stop sign", 79: "toothbrush", 80: "banner", 170: "wood"}),
+        ("cocostuff10k", 171, {24: "backpack", 118: "light", 129: "pillow"}),
+        ("pcontext", 59, {0: "aeroplane", 35: "mouse", 54: "tvmonitor", 58: "wood"}),
+        ("pcontext60", 60, {0: "background", 1: "aeroplane", 59: "wood"}),
+        ("voc", 21, {0: "background", 11: "diningtable", 15: "person", 20: "tvmonitor"}),
+    ],
+)
+def test_class_counts_and_places(name, count, some):
+    classes = DATASETS[name].classes
+    assert len(classes) == count
+    assert {i: classes[i] for i in some} == some
+
+
+def test_pcontext_classes_are_alphabetical():
+    assert list(DATASETS["pcontext"].classes) == sorted(DATASETS["pcontext"].classes)
+
+
+def test_voc_palette_is_the_bit_pattern_of_the_development_kit():
+    def colour(index: int) -> tuple[int, ...]:
+        return tuple(sum(((index >> (3 * b + c)) & 1) << (7 - b) for b in range(3)) for c in range(3))
+
+    assert DATASETS["voc"].palette == tuple(colour(i) for i in range(21))
+
+
+def test_cityscapes_tree_and_ids(tmp_path):
+    raw = np.array([[0, 7, 8], [26, 33, 29]], dtype=np.uint8)
+    stem = "aachen/aachen_000000_000019"
+    write(tmp_path / f"leftImg8bit/train/{stem}_leftImg8bit.png", COLOUR)
+    write(tmp_path / f"gtFine/train/{stem}_gtFine_labelIds.png", raw)
+    for other in ("instanceIds", "color", "labelTrainIds"):
+        write(tmp_path / f"gtFine/train/{stem}_gtFine_{other}.png", raw)
+    data = build_dataset("cityscapes", root=tmp_path, split="train")
+    assert data.name(0) == stem
+    assert data.read(0)[1].tolist() == [[255, 0, 1], [13, 18, 255]]
+    # what the test server wants back, by labels.py: trainId 0 is 7 (road), 13 is 26 (car), 16 is 31 (train)
+    ids = export_ids(19, DATASETS["cityscapes"].label_map)
+    assert [ids[i] for i in (0, 1, 2, 13, 16, 18)] == [7, 8, 11, 26, 31, 33]
+    colours = [DATASETS["cityscapes"].palette[i] for i in (0, 13, 18)]
+    assert colours == [(128, 64, 128), (0, 0, 142), (119, 11, 32)]
+    with pytest.raises(UserError, match=r"gtFine/val|leftImg8bit/val.*cityscapes-dataset.com"):
+        build_dataset("cityscapes", root=tmp_path, split="train+val")
+
+
+def test_cocostuff_164k(tmp_path):
+    # one less than the ids of labels.txt: 1 person, 2 bicycle, 13 stop sign, 92 banner, 182 wood
+    raw = np.array([[0, 1, 12], [91, 181, 255]], dtype=np.uint8)
+    write(tmp_path / "images/val2017/000000000139.jpg", COLOUR)
+    write(tmp_path / "annotations/val2017/000000000139.png", raw)
+    write(tmp_path / "annotations/val2017/000000000139_labelTrainIds.png", raw)
+    data = build_dataset("cocostuff164k", root=tmp_path, split="val")
+    assert len(data) == 1
+    assert data.read(0)[1].tolist() == [[0, 1, 11], [80, 170, 255]]
+    write(tmp_path / "annotations/val2017/000000000139.png", np.full((2, 3), 11, dtype=np.uint8))
+    with pytest.raises(UserError, match="label ids 11 are neither"):  # 12 is street sign, never annotated
+        data.read(0)
+
+
+def test_cocostuff_10k_as_released_and_as_png(tmp_path):
+    stem = "COCO_train2014_000000000077"
+    write(tmp_path / f"images/{stem}.jpg", COLOUR)
+    write(tmp_path / f"annotations/{stem}.mat", np.array([[0, 1, 2], [13, 92, 182]], dtype=np.uint16))
+    write(tmp_path / "images/unused.jpg", COLOUR)
+    write_list(tmp_path / "imageLists/train.txt", stem)
+    expected = [[255, 0, 1], [11, 80, 170]]
+    assert build_dataset("cocostuff10k", root=tmp_path, split="train").read(0)[1].tolist() == expected
+    write(tmp_path / f"images/test2014/{stem}.jpg", COLOUR)
+    raw = np.array([[0, 1, 2], [12, 81, 171]], dtype=np.uint8)
+    write(tmp_path / f"annotations/test2014/{stem}_labelTrainIds.png", raw)
+    assert build_dataset("cocostuff10k_png", root=tmp_path, split="test").read(0)[1].tolist() == expected
+
+
+@pytest.mark.parametrize(("name", "shift"), [("pcontext", 0), ("pcontext60", 1)])
+def test_pcontext_as_released_and_as_png(tmp_path, name, shift):
+    stem = "2008_000002"
+    write(tmp_path / f"JPEGImages/{stem}.jpg", COLOUR)
+    write(tmp_path / "JPEGImages/2008_000003.jpg", COLOUR)
+    # 459-class ids: 1 accordion, 2 aeroplane, 9 bag, 427 tvmonitor, 458 wood, 459 the last of all
+    raw = np.array([[1, 2, 9], [427, 458, 459]], dtype=np.float64)
+    write(tmp_path / f"trainval/{stem}.mat", raw, field="LabelMap")
+    write_list(tmp_path / "ImageSets/Main/val.txt", stem)
+    other = 0 if shift else 255
+    expected = [[other, 0 + shift, 1 + shift], [54 + shift, 58 + shift, other]]
+    assert build_dataset(name, root=tmp_path, split="val").read(0)[1].tolist() == expected
+    raw = np.array([[0, 1, 2], [55, 59, 0]], dtype=np.uint8)
+    write(tmp_path / f"SegmentationClassContext/{stem}.png", raw)
+    write_list(tmp_path / "ImageSets/SegmentationContext/val.txt", stem)
+    assert build_dataset(f"{name}_png", root=tmp_path, split="val").read(0)[1].tolist() == expected
+
+
+def test_voc_palette_files_and_lists(tmp_path):
+    for stem in ("2007_000032", "2007_000033"):
+        write(tmp_path / f"JPEGImages/{stem}.jpg", COLOUR)
+    label = Image.fromarray(np.array([[0, 1, 20], [15, 255, 0]], dtype=np.uint8), mode="P")
+    label.putpalette([v for colour in DATASETS["voc"].palette for v in colour])
+    (tmp_path / "SegmentationClass").mkdir()
+    label.save(tmp_path / "SegmentationClass/2007_000032.png")
+    write_list(tmp_path / "ImageSets/Segmentation/train.txt", "2007_000032")
+    data = build_dataset("voc", root=tmp_path, split="train")
+    assert len(data) == 1
+    assert data.read(0)[1].tolist() == [[0, 1, 20], [15, 255, 0]]
+    write_list(tmp_path / "ImageSets/Segmentation/val.txt", "2007_000033", "2007_000999")
+    with pytest.raises(
+        UserError, match=r"1 image.s. without label .*000033.*1 listed name.s. without image .2007_000999"
+    ):
+        build_dataset("voc", root=tmp_path, split="val")
+    with pytest.raises(UserError, match=r"trainval.txt: cannot read this list.*voc2012"):
+        build_dataset("voc", root=tmp_path, split="trainval")
+
+
+def test_broken_mat_file_is_named(tmp_path):
+    write(tmp_path / "images/a.jpg", COLOUR)
+    write_list(tmp_path / "imageLists/train.txt", "a")
+    for content in (b"", b"MATLAB 5.0 MAT-file" + bytes(90)):
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations/a.mat").write_bytes(content)
+        with pytest.raises(UserError, match=r"a.mat: cannot read this label"):
+            build_dataset("cocostuff10k", root=tmp_path, split="train").read(0)
+    write(tmp_path / "annotations/a.mat", np.zeros((2, 3)), field="T")
+    with pytest.raises(UserError, match=r"a.mat: cannot read this label"):
+        build_dataset("cocostuff10k", root=tmp_path, split="train").read(0)
