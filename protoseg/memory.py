@@ -3,8 +3,8 @@
 Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic Segmentation", ICCV 2021, section 3.2.
 Needs torch only. No loop over images or classes, no read of the device by the host.
 
-Axes: B images, P pixels of one image (h*w), N = B*P pixels, C classes, D channels, V pixels that enter per image
-and class, T slots of the pixel ring, R slots of the region memory, G groups, Q drawn slots per class.
+Axes: B images, P pixels of one image (h*w), N = B*P pixels, C classes, D channels, V pixels that enter per
+image and class, T slots of the pixel ring, R slots of the region memory, G groups, Q drawn slots per class.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MUL_2 = 0x94D049BB133111EB - (1 << 64)
 
 Gather = Callable[[Tensor], Tensor]
+Reduce = Callable[[Tensor, str], Tensor]
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half types become float32, double stays double."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def mix(x: Tensor) -> Tensor:
@@ -52,8 +58,8 @@ def to_key(state: Tensor) -> Tensor:
 def pixel_keys(class_BP: Tensor, indices_B: Tensor, seed: int, step: int, salt: int) -> Tensor:
     """Random key of every pixel, a function of (seed, step, dataset index, class, position) alone.
 
-    The pixels with the smallest keys are "the draw". Nothing else enters, so that any split of a batch over ranks
-    and any resumed run draws the same pixels. class_BP int64, indices_B int64; returns (B, P) int64.
+    The pixels with the smallest keys are "the draw". Nothing else enters, so that any split of a batch over
+    ranks and any resumed run draws the same pixels. class_BP int64, indices_B int64; returns (B, P) int64.
     """
     state_B = fold(draw_state(seed, step, salt, class_BP.device), indices_B.to(torch.int64))
     position_P = torch.arange(class_BP.shape[1], device=class_BP.device)
@@ -85,11 +91,11 @@ def first_per_group(key_N: Tensor, group_N: Tensor, num_groups: int, count: int)
 def region_means(emb_BDP: Tensor, class_BP: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """l2-normalised mean embedding of each class in each image (section 3.2, "region memory").
 
-    Returns means (B, C, D) float32 or float64 and valid (B, C); a class that is absent, or whose mean has a norm
-    below 1e-6, is not valid.
+    Returns means (B, C, D) float32 or float64 and valid (B, C); a class that is absent, or whose mean has a
+    norm below 1e-6, is not valid.
     """
     batch, dim, _ = emb_BDP.shape
-    emb_BDP = emb_BDP if emb_BDP.dtype == torch.float64 else emb_BDP.float()
+    emb_BDP = full_precision(emb_BDP)
     index_BDP = class_BP[:, None, :].expand(-1, dim, -1)
     sum_BDC = emb_BDP.new_zeros(batch, dim, num_classes + 1).scatter_add_(2, index_BDP, emb_BDP)
     count_BC = torch.zeros_like(class_BP[:, :1]).expand(-1, num_classes + 1).contiguous()
@@ -101,13 +107,19 @@ def region_means(emb_BDP: Tensor, class_BP: Tensor, num_classes: int) -> tuple[T
 
 
 def memory_slots(
-    num_classes: int, dim: int, num_images: int, memory: str, memory_size: int | None, cap_mb: float, bytes_each: int
+    num_classes: int,
+    dim: int,
+    num_images: int,
+    memory: str,
+    memory_size: int | None,
+    cap_mb: float,
+    bytes_each: int,
 ) -> tuple[int, int, str | None]:
-    """Slots per class of the pixel ring and of the region memory under a cap, and a message where the cap bites.
+    """Slots per class of the pixel ring and of the region memory, and a message where the cap bites.
 
-    Wanted are `memory_size` (default 10 per image, the paper's T = 10N) and one region per image. Too much for
-    `cap_mb` (10**6 bytes): the region table stays whole while it needs at most half of the room, and the pixel ring
-    takes the rest. A region memory with fewer slots than images is a ring.
+    Wanted are `memory_size` (default 10 per image, the paper's T = 10N) and one region per image. Too much
+    for `cap_mb` (10**6 bytes): the region table stays whole while it needs at most half of the room, and
+    the pixel ring takes the rest. A region memory with fewer slots than images is a ring.
     """
     pixels = (10 * num_images if memory_size is None else memory_size) if memory != "region" else 0
     regions = num_images if memory != "pixel" else 0
@@ -116,11 +128,10 @@ def memory_slots(
         return pixels, regions, None
     if room < (2 if memory == "both" else 1):
         need = num_classes * dim * bytes_each * (2 if memory == "both" else 1) / 1e6
-        raise ValueError(f"cap_mb={cap_mb} is too small for a memory of {num_classes} classes: at least {need:.3f}")
-    if memory == "both":
-        kept_regions = min(regions, max(room // 2, room - pixels))
-    else:
-        kept_regions = min(regions, room)
+        raise ValueError(
+            f"cap_mb={cap_mb} is too small for a memory of {num_classes} classes: at least {need:.3f}"
+        )
+    kept_regions = min(regions, max(room // 2, room - pixels))
     kept_pixels = min(pixels, room - kept_regions)
     parts = []
     if kept_pixels < pixels:
@@ -132,8 +143,8 @@ def memory_slots(
 
 
 def _put_(table_CSD: Tensor, class_R: Tensor, slot_R: Tensor, rows_RD: Tensor, valid_R: Tensor) -> None:
-    # Writes the valid rows, with shapes that do not depend on how many there are: every other row repeats the first
-    # valid one, and where there is none at all a slot is overwritten with what it holds.
+    # Writes the valid rows, with shapes that do not depend on how many there are: every other row repeats
+    # the first valid one, and where there is none at all a slot is overwritten with what it holds.
     first = valid_R.to(torch.uint8).argmax(0, keepdim=True)
     class_R = torch.where(valid_R, class_R, class_R.index_select(0, first))
     slot_R = torch.where(valid_R, slot_R, slot_R.index_select(0, first))
@@ -145,13 +156,14 @@ def _put_(table_CSD: Tensor, class_R: Tensor, slot_R: Tensor, rows_RD: Tensor, v
 class PixelMemory(nn.Module):
     """Pixel ring (C, T, D) and region memory (C, R, D) of all classes; buffers only, nothing is learned.
 
-    The pixel ring keeps the last T pixels of each class, drawn V per image; the oldest leaves first. The region
-    memory is a table by dataset index, overwritten at each visit, or a ring where the cap forces it. Buffers are
-    `pixel_CTD`, `pixel_head_C`, `pixel_fill_C`, `region_CRD`, `region_head_C`, `region_valid_CR`; `message` says
-    what the cap took away, or is None.
+    The pixel ring keeps the last T pixels of each class, drawn V per image; the oldest leaves first. The
+    region memory is a table by dataset index, overwritten at each visit, or a ring where the cap forces it.
+    Buffers are `pixel_CTD`, `pixel_head_C`, `pixel_fill_C`, `region_CRD`, `region_head_C`,
+    `region_valid_CR`; `message` says what the cap took away, or is None.
 
-    Args: dim and num_classes; num_images in the training set; memory "pixel", "region" or "both"; pixels_per_image V;
-    memory_size T (default 10 per image); cap_mb for both parts together; storage_dtype float32 or float16.
+    Args: dim and num_classes; num_images in the training set; memory "pixel", "region" or "both";
+    pixels_per_image V; memory_size T (default 10 per image); cap_mb for both parts together; storage_dtype
+    float32 or float16.
     Errors: ValueError on an unknown memory, or on a cap that has no room for one slot per class.
     Source: ICCV 2021, section 3.2 and 3.3.
     """
@@ -210,9 +222,9 @@ class PixelMemory(nn.Module):
     ) -> None:
         """Write one batch, in global image order: V pixels and one region per image and class.
 
-        emb_BDP unit norm along D; class_BP from `class_map`; key_BP from `pixel_keys`; indices_B dataset indices.
-        all_gather concatenates along axis 0 in rank order; with it, all ranks end with the memory that one process
-        gets from the joint batch.
+        emb_BDP unit norm along D; class_BP from `class_map`; key_BP from `pixel_keys`; indices_B dataset
+        indices. all_gather concatenates along axis 0 in rank order; with it, all ranks end with the memory
+        that one process gets from the joint batch.
         """
         batch, num_classes, drawn = len(emb_BDP), self.num_classes, self.pixels_per_image
         dtype = self.pixel_CTD.dtype
@@ -234,7 +246,7 @@ class PixelMemory(nn.Module):
             mean_BCD, valid_BC = region_means(emb_BDP, class_BP, num_classes)
             rows.append(mean_BCD.to(dtype)[:, :, None])
             facts.append(valid_BC.to(torch.int64))
-        if all_gather is not None:  # two collectives in all: the embeddings, and everything that is an integer
+        if all_gather is not None:  # two collectives: the embeddings, and everything that is an integer
             gathered = all_gather(torch.cat(rows, dim=2))
             rows = list(gathered.split([part.shape[2] for part in rows], dim=2))
             facts = list(all_gather(torch.cat(facts, dim=1)).split([part.shape[1] for part in facts], dim=1))
@@ -257,27 +269,37 @@ class PixelMemory(nn.Module):
         class_R = torch.arange(num_classes, device=mean_BCD.device).repeat(batch)
         slot_R, valid_R = indices_B.repeat_interleave(num_classes), valid_BC.flatten()
         _put_(self.region_CRD, class_R, slot_R, mean_BCD.flatten(0, 1), valid_R)
-        _put_(
-            self.region_valid_CR[:, :, None], class_R, slot_R, torch.ones_like(valid_R)[:, None], valid_R
-        )
+        _put_(self.region_valid_CR[:, :, None], class_R, slot_R, torch.ones_like(valid_R)[:, None], valid_R)
 
     def count_C(self) -> Tensor:
         """Number of filled slots of each class, (C,) int64."""
         return self.pixel_fill_C + self.region_valid_CR.sum(1)
 
+    def fill(self) -> dict[str, Tensor]:
+        """Filled share of each class's slots, (C,) float32: `pixel_fill`, `region_fill`, where they exist."""
+        shares = {}
+        if self.pixel_slots:
+            shares["pixel_fill"] = self.pixel_fill_C / self.pixel_slots
+        if self.region_slots:
+            shares["region_fill"] = self.region_valid_CR.float().mean(1)
+        return shares
+
     @torch.no_grad()
     def draw(self, want_C: Tensor, width: int, seed: int, step: int) -> Tensor:
-        """Draw `want_C[c]` (at most what is filled) different filled slots of each class, keyed by (seed, step).
+        """Draw `want_C[c]` (at most what is filled) different filled slots of each class, keyed by (seed,
+        step).
 
-        The filled slots form a circle that is cut into as many arcs as are wanted, at a random place, and each arc
-        gives one uniform slot: every slot is equally likely, none comes twice, and the work does not grow with the
-        memory. Returns slots (C, width) in [0, T + R), region slots after the pixel slots; entries from want_C on
-        are arbitrary.
+        The filled slots form a circle that is cut into as many arcs as are wanted, at a random place, and
+        each arc gives one uniform slot: every slot is equally likely, none comes twice, and the work does
+        not grow with the memory. Returns slots (C, width) in [0, T + R), region slots after the pixel
+        slots; entries from want_C on are arbitrary.
         """
         device = want_C.device
         filled_C1 = self.count_C().clamp(min=1)[:, None]
         want_C1 = want_C.clamp(min=1)[:, None]
-        state_C1 = fold(draw_state(seed, step, 2, device), torch.arange(self.num_classes, device=device))[:, None]
+        state_C1 = fold(draw_state(seed, step, 2, device), torch.arange(self.num_classes, device=device))[
+            :, None
+        ]
         arc_Q = torch.arange(width, device=device)
         low_CQ, high_CQ = arc_Q * filled_C1 // want_C1, (arc_Q + 1) * filled_C1 // want_C1
         inside_CQ = to_key(fold(state_C1, arc_Q)) % (high_CQ - low_CQ).clamp(min=1)
@@ -312,8 +334,9 @@ class PixelMemory(nn.Module):
 
 
 def _ring_write_(ring_CTD: Tensor, head_C: Tensor, rows_BCVD: Tensor, count_BC: Tensor) -> Tensor:
-    # Appends rows_BCVD[b, c, :count_BC[b, c]] to the ring of class c, images in order; returns how many per class.
-    # More than T rows for one class: the earlier ones would be overwritten in the same call, and are left out.
+    # Appends rows_BCVD[b, c, :count_BC[b, c]] to the ring of class c, images in order; returns how many per
+    # class. More than T rows for one class: the earlier ones would be overwritten in the same call, and are
+    # left out.
     batch, num_classes, drawn, dim = rows_BCVD.shape
     slots, device = ring_CTD.shape[1], ring_CTD.device
     total_C = count_BC.sum(0)
