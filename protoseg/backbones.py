@@ -12,10 +12,13 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from protoseg.config import UserError
+from protoseg.hrnet import HRNETS, HRNet
+from protoseg.maps import run
 from protoseg.mit import MIT, MixTransformer
+from protoseg.swin import SWINS, Swin
+from protoseg.timm_features import TimmFeatures
 
 
 class Backbone(nn.Module):
@@ -69,47 +72,48 @@ class ResNet(nn.Module):
         net: Any = timm.create_model(
             name, num_classes=0, drop_path_rate=drop_path, output_stride=output_stride
         )
-        self.stem = nn.Sequential()
-        for part in ("conv1", "bn1", "act1", "maxpool"):
-            self.stem.add_module(part, getattr(net, part))
-        self.layers = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        self.net = net
         self.channels = [info["num_chs"] for info in net.feature_info[1:]]
         self.strides = [min(stride, output_stride) for stride in (4, 8, 16, 32)]
         self.grad_checkpointing = False
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        x, maps = self.stem(image), []
-        for layer in self.layers:
-            for block in layer.children():
-                x = run(block, x, self.grad_checkpointing and self.training)
+        net, checkpointing = self.net, self.grad_checkpointing and self.training
+        x, maps = net.maxpool(net.act1(net.bn1(net.conv1(image)))), []
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            for block in layer:
+                x = run(block, x, grad_checkpointing=checkpointing)
             maps.append(x)
         return maps
 
 
-def run(block: nn.Module, x: Tensor, grad_checkpointing: bool) -> Tensor:
-    return checkpoint(block, x, use_reentrant=False) if grad_checkpointing else block(x)
-
-
-def build_mit(name: str, drop_path: float, output_stride: int) -> MixTransformer:
+def build_mit(name: str, drop_path: float) -> MixTransformer:
     return MixTransformer(*MIT[name], drop_path=drop_path)
 
 
 RESNETS = ("resnet18", "resnet50", "resnet101", "resnet50c", "resnet101c")
-BACKBONES: dict[str, Callable[[float, int], nn.Module]] = {
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(ResNet, name) for name in RESNETS},
+    **{name: partial(HRNet, name) for name in HRNETS},
+    **{name: partial(Swin, name) for name in SWINS},
     **{name: partial(build_mit, name) for name in MIT},
 }
 
 
 def build_backbone(name: str, *, drop_path: float = 0.0, output_stride: int = 32) -> Backbone:
-    """Build a backbone with random weights by its name in BACKBONES.
+    """Build a backbone with random weights: a name in BACKBONES, or `timm:<name>` for any other of timm's.
 
-    drop_path: rate of stochastic depth at the last block, growing linearly from 0.
+    drop_path: rate of stochastic depth at the last block, growing linearly from 0 (not for HRNet).
     output_stride: 8, 16 or 32; below 32 the last stages are dilated (ResNets only).
-    Errors: UserError for an unknown name and for an output stride that the backbone does not have.
+    Errors: UserError for an unknown name, and for a setting that the backbone does not have.
     """
-    if name not in BACKBONES:
-        raise UserError(f"backbone.name {name!r} is unknown: choose one of {', '.join(BACKBONES)}")
     if output_stride != 32 and name not in RESNETS:
         raise UserError(f"backbone.output_stride {output_stride} needs a ResNet: {name} has only 32")
-    return Backbone(BACKBONES[name](drop_path, output_stride))
+    if name.startswith("timm:"):
+        return Backbone(TimmFeatures(name.removeprefix("timm:"), drop_path))
+    if name not in BACKBONES:
+        raise UserError(
+            f"backbone.name {name!r} is unknown: choose one of {', '.join(BACKBONES)} or timm:<name>"
+        )
+    options = {"output_stride": output_stride} if name in RESNETS else {}
+    return Backbone(BACKBONES[name](drop_path=drop_path, **options))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from protoseg.maps import run
 
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
@@ -102,7 +103,7 @@ class Stage(nn.Module):
     def forward(self, x_BHWC: Tensor, grad_checkpointing: bool) -> Tensor:
         x_BHWC = self.embed_norm(conv_BHWC(self.embed, x_BHWC))
         for block in self.blocks:
-            x_BHWC = checkpoint(block, x_BHWC, use_reentrant=False) if grad_checkpointing else block(x_BHWC)
+            x_BHWC = run(block, x_BHWC, grad_checkpointing=grad_checkpointing)
         return self.norm(x_BHWC)
 
 

@@ -1,10 +1,15 @@
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg.config import UserError
-from protoseg.heads import MLPHead, build_decode_head
+from protoseg.heads import HEADS, HRNetHead, MLPHead, OCRHead, build_decode_head
 
 
 def pyramid(
@@ -19,7 +24,7 @@ def plain_mlp(head: MLPHead, maps: list[Tensor]) -> Tensor:
     for linear, x in zip(head.linears, maps):
         y = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         upsampled.append(F.interpolate(y, size=maps[0].shape[2:], mode="bilinear", align_corners=False))
-    return F.relu(head.norm(head.fuse(torch.cat(upsampled[::-1], dim=1))))
+    return head.fuse(torch.cat(upsampled[::-1], dim=1))
 
 
 @pytest.mark.parametrize(
@@ -36,12 +41,31 @@ def test_mlp_head_equals_the_plain_form(
 ) -> None:
     torch.manual_seed(0)
     head = build_decode_head("mlp", channels, [4, 8, 16, 32], 3, dim=9, dropout=0.0).double().train(training)
+    compare_with_plain_form(head, pyramid(channels, sizes, torch.double), plain_mlp)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hrnet_head_equals_the_plain_form(training: bool) -> None:
+    def plain(head: HRNetHead, maps: list[Tensor]) -> Tensor:
+        size = maps[0].shape[2:]
+        upsampled = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps]
+        return head.fuse(torch.cat(upsampled, dim=1))
+
+    torch.manual_seed(1)
+    maps = pyramid([2, 4, 8], [(9, 13), (5, 7), (3, 4)], torch.double)
+    head = build_decode_head("hrnet", [2, 4, 8], [4, 8, 16], 3, dropout=0.0).double().train(training)
+    assert head.dim == 14
+    compare_with_plain_form(head, maps, plain)
+
+
+def compare_with_plain_form(
+    head: torch.nn.Module, maps: list[Tensor], plain: Callable[[Any, list[Tensor]], Tensor]
+) -> None:
     for p in head.parameters():
         torch.nn.init.normal_(p)  # biases and norms too, so that each of them matters
-    maps = pyramid(channels, sizes, torch.double)
     inputs = [*maps, *head.parameters()]
     embedding, auxiliary = head(maps)
-    expected = plain_mlp(head, maps)
+    expected = plain(head, maps)
     assert auxiliary == []
     torch.testing.assert_close(embedding, expected)
     seed = torch.randn_like(expected)
@@ -61,5 +85,113 @@ def test_dropout_belongs_to_the_embedding() -> None:
 
 
 def test_unknown_head_is_a_user_error() -> None:
-    with pytest.raises(UserError, match=r"head\.name 'mpl' is unknown"):
+    with pytest.raises(UserError, match=r"decode_head\.name 'mpl' is unknown"):
         build_decode_head("mpl", [4], [4], 3)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("strides", [[4, 8, 16, 32], [4, 8, 8, 8]])
+def test_every_head_keeps_the_contract(name: str, strides: list[int]) -> None:
+    torch.manual_seed(0)
+    channels = [4, 6, 8, 10]
+    maps = pyramid(channels, [(-(-65 // s), -(-97 // s)) for s in strides])
+    head = build_decode_head(name, channels, strides, 5, dim=12, dropout=0.1)
+    embedding, auxiliary = head(maps)
+    assert embedding.shape == (2, 12, -(-65 // head.stride), -(-97 // head.stride))
+    assert [x.shape[:2] for x in auxiliary] == [(2, 5)] * (name in ("fcn", "aspp", "ocr"))
+    (embedding.mean() + sum(x.mean() for x in auxiliary)).backward()
+    assert [k for k, p in head.named_parameters() if p.grad is None] == []
+    with torch.no_grad():
+        once, nothing = head.eval()(maps)
+        assert nothing == []
+        compiled = torch.compile(head, backend="eager", fullgraph=True)(maps)[0]
+        last = head([x.contiguous(memory_format=torch.channels_last) for x in maps])[0]
+    torch.testing.assert_close(compiled, once)
+    torch.testing.assert_close(last, once, rtol=1e-4, atol=1e-5)
+
+
+def test_ocr_equals_the_equations_written_out() -> None:
+    torch.manual_seed(0)
+    channels = [3, 4, 6, 8]
+    head: OCRHead = build_decode_head("ocr", channels, [4, 8, 8, 8], 3, dim=8, dropout=0.0).double()
+    for p in head.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    maps = pyramid(channels, [(5, 7), (3, 4), (3, 4), (3, 4)], torch.double)
+    head(maps)  # moves the running statistics away from their start
+    got = head.eval()(maps)[0]
+    coarse, x = head.coarse(maps[2]), head.pixels(maps[3])
+    expected = torch.empty_like(got)
+    for b in range(2):
+        pixels = x[b].flatten(1)  # (D, N)
+        regions = []
+        for c in range(3):  # Eq. 8: mean of all pixels, weighted by a softmax over pixels
+            weight = coarse[b, c].flatten().exp()
+            regions.append((pixels * weight).sum(1) / weight.sum())
+        region_map = torch.stack(regions, dim=1)[None, :, :, None]
+        query, key, value = head.query(x[b : b + 1]), head.key(region_map), head.value(region_map)
+        mixed = torch.zeros_like(query)
+        for i in range(3):
+            for j in range(4):  # Eq. 9 and 10: softmax over regions, scaled by sqrt(d)
+                relation = torch.stack([query[0, :, i, j] @ key[0, :, c, 0] for c in range(3)]) / 4**0.5
+                relation = relation.exp() / relation.exp().sum()
+                mixed[0, :, i, j] = sum(relation[c] * value[0, :, c, 0] for c in range(3))
+        both = torch.cat([head.context(mixed), x[b : b + 1]], dim=1)
+        expected[b] = head.fuse(both)[0]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("stride", "rates"), [(8, [12, 24, 36]), (16, [6, 12, 18])])
+def test_aspp_rates_follow_the_stride(stride: int, rates: list[int]) -> None:
+    head = build_decode_head("aspp", [4, 4], [stride, stride], 3, dim=4)
+    assert [branch[0].dilation[0] for branch in list(head.branches)[1:]] == rates
+
+
+LINEAR = {
+    "FCN R101": 68_590_732,
+    "HRNetV2-W48": 65_953_110,
+    "Swin-B": 90_698_830,
+    "SegFormer-B4": 64_108_374,
+    "OCR HRNetV2-W48": 70_533_100,
+    "OCR HRNetV2-W48, 19 classes": 70_371_446,
+    "OCR R101": 55_617_164,
+    "DeepLabV3 R101": 87_206_028,
+    "SegFormer-B0": 3_752_694,
+    "SegFormer-B1": 13_715_798,
+    "SegFormer-B2": 27_461_974,
+    "SegFormer-B3": 47_337_814,
+    "SegFormer-B5": 84_708_694,
+}
+PROTOTYPES = {
+    "FCN R101": 68_513_782,
+    "HRNetV2-W48": 65_844_960,
+    "Swin-B": 90_583_480,
+    "SegFormer-B4": 63_993_024,
+}
+
+
+def test_parameter_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    params = importlib.import_module("benchmarks.params")
+    assert {row.label for row in params.ROWS} == set(LINEAR)
+    compared = 0
+    for row in params.ROWS:
+        linear, prototypes = params.count(row)
+        assert linear == LINEAR[row.label], row.label
+        assert prototypes == PROTOTYPES.get(row.label, prototypes), row.label
+        for ours, paper in zip((linear, prototypes), row.paper):
+            if paper is not None:
+                compared += 1
+                assert abs(ours / 1e6 - paper) <= 0.1, (row.label, ours, paper)
+    assert compared == 9  # the prototype paper's eight, and OCR's
+    monkeypatch.setattr(params, "ROWS", params.ROWS[-5:-3])
+    params.main([])
+    assert "3,752,694" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mlp", "hrnet"])
+def test_parameters_of_plain_heads_do_not_depend_on_classes(name: str) -> None:
+    counts = set()
+    for classes in (19, 150, 847):
+        head = build_decode_head(name, [4, 8], [4, 8], classes, dim=8)
+        counts.add(sum(p.numel() for p in head.parameters()))
+    assert len(counts) == 1
