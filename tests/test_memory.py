@@ -267,7 +267,8 @@ def test_cap() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"memory": "pixels"}, "memory='pixels'"), ({"storage_dtype": torch.int8}, "storage_dtype=torch.int8"),
+        ({"memory": "pixels"}, "memory='pixels'"),
+        ({"storage_dtype": torch.int8}, "storage_dtype=torch.int8"),
         ({"pixels_per_image": 0}, "pixels_per_image=0"), ({"memory_size": 0}, "memory_size=0"),
         ({"num_images": 0}, "num_images=0"),
     ],
