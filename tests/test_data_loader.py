@@ -167,12 +167,11 @@ def test_eval_loader_gives_every_sample_once_over_ranks(workers):
     assert sorted(seen) == [(i, f"n{i}", (3, 8 + i, 8), (8 + i, 8)) for i in range(LENGTH)]
 
 
-def test_workers_live_through_ctrl_c_and_sigterm():
+def test_workers_live_through_ctrl_c():
     stream = train_loader(Numbers(), noisy, batch_size=2, iterations=400, workers=2)
     next(stream), next(stream)  # one from each worker: both have started
     children = multiprocessing.active_children()
     assert len(children) == 2
     for child in children:
         os.kill(child.pid, signal.SIGINT)
-        os.kill(child.pid, signal.SIGTERM)
     assert sum(1 for _ in stream) == 398

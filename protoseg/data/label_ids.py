@@ -31,6 +31,14 @@ class LabelIds:
             self._table[raw] = ignored if target == IGNORE else target
         self.allowed = np.flatnonzero(self._table != self._unknown)
 
+    def target(self, raw: int) -> int:
+        """Class id or ignore index of one raw id, -1 where it is not in the map."""
+        inside = 0 <= raw < len(self._table) and self._table[raw] != self._unknown
+        return int(self._table[raw]) if inside else -1
+
+    def is_class(self, raw: int) -> bool:
+        return self.target(raw) not in (-1, self.ignore_index)
+
     def to_classes(self, raw: NDArray[np.integer], path: Path) -> NDArray[np.integer]:
         """Class ids (H, W), uint8 or int32. Raises UserError for an id that is neither mapped nor ignored."""
         if raw.dtype.itemsize > 2:  # Pillow gives 16-bit files as int32

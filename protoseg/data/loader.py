@@ -216,7 +216,9 @@ def _worker_options(workers: int) -> dict:
 
 
 def _start_worker(_: int) -> None:
-    """The main process alone decides when to stop: it still needs its workers' batches to leave cleanly."""
+    """Ctrl-C reaches the whole process group, but the main process still needs the batches to leave cleanly.
+
+    SIGTERM keeps its meaning: it is how multiprocessing ends workers when the main process fails.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
