@@ -1,5 +1,300 @@
-"""The whole configuration as typed models."""
+"""The whole configuration as typed models.
+
+A YAML file holds only what differs from the defaults below. `preset` fills in the values of a published or
+chosen variant first; the file's own keys and the command line's `key.sub=value` come on top, in that order.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class UserError(ValueError):
     """Something the user can mend: one line that says what is wrong, where, and what to do."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Which images, and how they are augmented and batched."""
+
+    name: str = "folder"
+    root: Path | None = None  # default: data/<name>
+    train_split: str = "train"  # splits may be joined: train+val
+    val_split: str = "val"
+    classes: list[str] | None = None  # the next four: for `folder`; other datasets bring their own
+    palette: list[tuple[int, int, int]] | None = None
+    ignore_index: Annotated[int, Field(ge=0)] | None = None
+    label_map: dict[int, int | str] | None = None  # raw id → class id, class name or "ignore"
+    exclude: Path | None = None  # text file of images or labels to leave out, one per line
+    crop: tuple[Positive, Positive] = (512, 512)  # height, width
+    scale: tuple[float, float] = (0.5, 2.0)
+    cat_max_ratio: Probability = 0.75  # no class may fill more of a crop; 1 switches the rule off
+    flip: Probability = 0.5
+    photometric: bool = True
+    batch_size: Positive = 16  # over all ranks, per optimiser step
+    workers: Annotated[int, Field(ge=0)] = 2  # per rank
+    on_error: Literal["raise", "skip"] = "raise"
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> "DataConfig":
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be [low, high] with 0 < low ≤ high, not {list(self.scale)}")
+        return self
+
+
+class BackboneConfig(Section):
+    """The feature extractor."""
+
+    name: str = "resnet18"
+    weights: str = "none"  # none | timm | path of a file or folder
+    drop_path: Probability = 0.0
+    output_stride: Literal[8, 16, 32] = 32  # ResNets only: 8 and 16 by dilation
+    grad_checkpointing: bool = False
+
+
+class DecodeHeadConfig(Section):
+    """What turns the backbone's maps into one embedding map."""
+
+    name: str = "mlp"
+    dim: Positive | None = None  # None: the architecture's own width
+    dropout: Probability = 0.1
+
+
+class PrototypesConfig(Section):
+    """The nonparametric classifier (method: ProtoSeg, CVPR 2022)."""
+
+    num_per_class: Positive = 10
+    momentum: Probability = 0.99  # μ: short schedules need a smaller one than the paper's 0.999
+    kappa: Annotated[float, Field(gt=0)] = 0.05
+    sinkhorn_iterations: Positive = 3
+    temperature: Annotated[float, Field(gt=0)] = 0.1  # τ of PPC
+    logit_scale: Annotated[float, Field(gt=0)] = 10.0
+    start: Literal["data", "random"] = "data"
+    update_pixels: Literal["all", "correct"] = "all"
+    score_norm: Literal["scale", "layer_norm"] = "scale"
+    revive_after: Annotated[int, Field(ge=0)] = 100  # steps without a pixel; 0: never
+
+
+class LossConfig(Section):
+    """Weights of the terms; the total is CE + ppc·PPC + ppd·PPD + auxiliary·(auxiliary CE)."""
+
+    ppc: NonNegative = 0.01
+    ppd: NonNegative = 0.01
+    auxiliary: NonNegative = 0.4
+    class_weights: list[NonNegative] | None = None
+
+
+class OptimConfig(Section):
+    """Optimiser and schedule: linear warm-up, then lr · (1 − t)^power."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 6e-5
+    weight_decay: NonNegative = 0.01  # never on norms and biases
+    momentum: Probability = 0.9  # sgd only
+    head_lr_multiplier: Annotated[float, Field(gt=0)] = 1.0
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    power: NonNegative = 1.0
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    iterations: Positive = 160_000
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulation: Positive = 1  # micro-batches per optimiser step
+    grad_clip: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient
+    compile: bool = False
+    channels_last: bool = False
+    log_interval: Positive = 50
+
+
+class EvalConfig(Section):
+    """Evaluation during training."""
+
+    interval: Positive = 5000
+    samples: Annotated[int, Field(ge=0)] = 4  # pictures written at each evaluation
+
+
+class CheckpointConfig(Section):
+    """How often `last.pt` is written."""
+
+    interval: Positive = 1000
+
+
+class Config(Section):
+    """One training run."""
+
+    preset: Literal["default", "paper", "official"] = "default"
+    classifier: Literal["prototypes", "linear"] = "prototypes"
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    decode_head: DecodeHeadConfig = DecodeHeadConfig()
+    prototypes: PrototypesConfig = PrototypesConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "Config":
+        if self.data.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"data.batch_size ({self.data.batch_size}) must be a multiple of train.accumulation"
+                f" ({self.train.accumulation})"
+            )
+        return self
+
+
+# What a preset changes against the defaults above. `official` also wraps the head (see model.py).
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "prototypes": {
+            "momentum": 0.999,
+            "logit_scale": 1.0,
+            "update_pixels": "all",
+            "start": "random",
+            "revive_after": 0,
+        },
+        "loss": {"ppc": 0.01, "ppd": 0.01},
+    },
+    "official": {
+        "prototypes": {
+            "momentum": 0.999,
+            "temperature": 1.0,
+            "score_norm": "layer_norm",
+            "update_pixels": "correct",
+            "start": "random",
+            "revive_after": 0,
+        },
+        "loss": {"ppc": 0.01, "ppd": 0.001},
+    },
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `key.sub=value` overrides (values are YAML).
+
+    Errors: UserError naming the file or override, the key, and the nearest valid key or the allowed values.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from None
+    values = _parse_yaml(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found {values!r:.60}")
+    _check_keys(Config, values, str(path))
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    return config_from(values, str(path))
+
+
+def config_from(values: dict[str, Any], where: str) -> Config:
+    """Build a Config from a plain dict, `where` being what error messages call its source."""
+    _check_keys(Config, values, where)
+    preset = PRESETS.get(str(values.get("preset", "default")), {})
+    try:
+        return Config.model_validate(merge(preset, values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part != "function-after")
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], BaseModel | dict) else f", got {first['input']!r:.60}"
+        raise UserError(f"{where}: {key + ': ' if key else ''}{message}{given}") from None
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `top` on it; sections are merged, everything else is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        both_sections = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "label_map"
+        merged[key] = merge(merged[key], value) if both_sections else value
+    return merged
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain data, fit for YAML, JSON and checkpoints."""
+    return config.model_dump(mode="json")
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the keys whose values differ between two plain configurations."""
+    names: list[str] = []
+    for key in sorted({*old, *new}, key=str):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise UserError(f"{where}:{line} {problem}; mend the YAML") from None
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`key.sub=value` as a nested dict of known keys; errors: UserError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {text!r}: expected key.sub=value, for example train.iterations=1000")
+    nested: Any = _parse_yaml(value, f"override {text!r}")
+    for part in reversed(key.strip().split(".")):
+        nested = {part: nested}
+    _check_keys(Config, nested, f"override {text!r}")
+    return nested
+
+
+def _check_keys(model: type[BaseModel], values: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Unknown keys, with the nearest valid one; pydantic alone would not suggest any."""
+    fields = model.model_fields
+    for key, value in values.items():
+        if key not in fields:
+            near = [name for name in _dotted_names(Config) if name.endswith(f".{key}")]
+            near = near or difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix if '.' not in near[0] else ''}{near[0]}?" if near else ""
+            hint = hint or f"valid here: {', '.join(fields)}"
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+        section = fields[key].annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {prefix}{key} is a section, got {value!r:.60}; write its keys below it"
+                )
+            _check_keys(section, value, where, f"{prefix}{key}.")
+
+
+def _dotted_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            names += _dotted_names(section, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}")
+    return names

@@ -1,0 +1,210 @@
+"""Segmenter: backbone → decode head → classifier (prototypes or linear).
+
+B images, C classes, K prototypes, D embedding channels; (H, W) input pixels, (h, w) embedding pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from protoseg.backbones import Backbone, build_backbone
+from protoseg.config import Config
+from protoseg.data.datasets import DATASETS
+from protoseg.heads import build_decode_head
+from protoseg.losses import downsample_labels, loss_scale, upsampled_cross_entropy
+from protoseg.prototypes import PrototypeHead, TrainingOutput
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0…255
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+class LossScales(NamedTuple):
+    """W / global count, at label and at embedding resolution: what turns local sums into the loss."""
+
+    full: Tensor
+    small: Tensor
+
+
+@dataclass
+class StepOutput:
+    """What one forward pass in training gives."""
+
+    total: Tensor  # for backward
+    terms: dict[str, Tensor]  # detached, weighted as in the paper's sum but without λ
+    prototypes: TrainingOutput | None  # for PrototypeHead.update_
+
+
+class LinearClassifier(nn.Conv2d):
+    """The parametric baseline: one learned D-vector and bias per class."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__(dim, num_classes, kernel_size=1)
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+
+
+class Segmenter(nn.Module):
+    """Images (B, 3, H, W), values 0…255, uint8 or float → class logits (B, C, h, w).
+
+    With labels (B, H, W) and the step's loss scales, forward returns a StepOutput instead: DDP needs the
+    losses to be made inside forward. Nothing here changes prototypes; the trainer does, on a line of its own.
+    """
+
+    mean: Tensor
+    std: Tensor
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        decode_head: nn.Module,
+        classifier: nn.Module,
+        *,
+        ignore_index: int = 255,
+        ppc_weight: float = 0.01,
+        ppd_weight: float = 0.01,
+        auxiliary_weight: float = 0.4,
+        class_weights: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = decode_head
+        self.classifier = classifier
+        self.stride = cast(int, decode_head.stride)
+        self.ignore_index = ignore_index
+        self.loss_weights = {"ce": 1.0, "ppc": ppc_weight, "ppd": ppd_weight, "auxiliary": auxiliary_weight}
+        weights = torch.tensor(class_weights) if class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def prototypes(self) -> PrototypeHead | None:
+        """The prototype head, if that is the classifier."""
+        return self.classifier if isinstance(self.classifier, PrototypeHead) else None
+
+    def embed(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Embedding map (B, D, h, w) and the auxiliary heads' logits (none in eval mode)."""
+        maps = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+        return self.decode_head(maps)
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, scales: LossScales | None = None
+    ) -> Tensor | StepOutput:
+        embedding, auxiliary = self.embed(images)
+        if labels is None:
+            return self.classifier(embedding)
+        if scales is None:
+            scales = self.loss_scales([labels])
+        out = None
+        terms: dict[str, Tensor] = {}
+        if self.prototypes is not None:
+            small = downsample_labels(labels, embedding.shape[-2:])
+            out = self.prototypes.training_step(embedding, small, scale=scales.small)
+            logits = out.logits
+            terms = {"ppc": out.ppc, "ppd": out.ppd}
+        else:
+            logits = self.classifier(embedding)
+        terms["ce"] = self._cross_entropy(logits, labels, scales.full)
+        if auxiliary:
+            terms["auxiliary"] = torch.stack(
+                [self._cross_entropy(x, labels, scales.full) for x in auxiliary]
+            ).sum()
+        total = sum(
+            (self.loss_weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"])
+        )
+        return StepOutput(total, {name: term.detach() for name, term in terms.items()}, out)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        return upsampled_cross_entropy(
+            logits, labels, ignore_index=self.ignore_index, class_weights=self.class_weights, scale=scale
+        )
+
+    def feature_size(self, labels: Tensor) -> tuple[int, int]:
+        """(h, w) of the embedding map for label maps (…, H, W)."""
+        return -(-labels.shape[-2] // self.stride), -(-labels.shape[-1] // self.stride)
+
+    def loss_scales(
+        self, labels: list[Tensor], all_reduce: Callable[[Tensor, str], Tensor] | None = None
+    ) -> LossScales:
+        """The scales of one optimiser step from the labels of all its micro-batches."""
+        small = [downsample_labels(each, self.feature_size(each)) for each in labels]
+        return LossScales(
+            loss_scale(labels, self.ignore_index, self.class_weights, all_reduce=all_reduce),
+            loss_scale(small, self.ignore_index, all_reduce=all_reduce),
+        )
+
+
+def build_model(
+    config: Config,
+    num_classes: int | None = None,
+    all_reduce: Callable[[Tensor, str], Tensor] | None = None,
+) -> Segmenter:
+    """The model that a configuration describes; `num_classes` defaults to the dataset's."""
+    spec = DATASETS[config.data.name]
+    num_classes = num_classes or len(config.data.classes or spec.classes)
+    ignore_index = spec.ignore_index if config.data.ignore_index is None else config.data.ignore_index
+    backbone = build_backbone(
+        config.backbone.name,
+        drop_path=config.backbone.drop_path,
+        output_stride=config.backbone.output_stride,
+    )
+    backbone.set_grad_checkpointing(config.backbone.grad_checkpointing)
+    head = build_decode_head(
+        config.decode_head.name,
+        backbone.channels,
+        backbone.strides,
+        num_classes,
+        dim=config.decode_head.dim,
+        dropout=config.decode_head.dropout,
+    )
+    dim = cast(int, head.dim)
+    classifier: nn.Module
+    if config.classifier == "linear":
+        classifier = LinearClassifier(dim, num_classes)
+    else:
+        p = config.prototypes
+        classifier = PrototypeHead(
+            dim,
+            num_classes,
+            p.num_per_class,
+            ignore_index=ignore_index,
+            momentum=p.momentum,
+            kappa=p.kappa,
+            sinkhorn_iterations=p.sinkhorn_iterations,
+            temperature=p.temperature,
+            logit_scale=p.logit_scale,
+            start=p.start,
+            update_pixels=p.update_pixels,
+            score_norm=p.score_norm,
+            revive_after=p.revive_after,
+            all_reduce=all_reduce,
+        )
+    return Segmenter(
+        backbone,
+        head,
+        classifier,
+        ignore_index=ignore_index,
+        ppc_weight=config.loss.ppc,
+        ppd_weight=config.loss.ppd,
+        auxiliary_weight=config.loss.auxiliary,
+        class_weights=config.loss.class_weights,
+    )
+
+
+@contextmanager
+def frozen_running_stats(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, as in training, but leaves its running statistics alone."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    saved = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, saved):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])

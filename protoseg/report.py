@@ -1,0 +1,171 @@
+"""What a run tells: console lines, metrics.jsonl, TensorBoard, tables, pictures, results.json."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from protoseg.evaluate import Scores
+from protoseg.visualize import curves_figure, mean_of_known
+
+
+class RunLog:
+    """Writes one run's folder; only the main rank has one."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.folder = folder
+        self.metrics = folder / "metrics.jsonl"
+        # A killed run may have logged steps that its checkpoint does not hold: they will be made again.
+        kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def line(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers to TensorBoard."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+            elif name == "prototype_health":
+                for key, per_class in value.items():
+                    self.board.add_scalar(f"prototypes/{key}", mean_of_known(per_class), step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        """A picture into the run folder and to TensorBoard (no pyplot: the backend stays the user's)."""
+        path = self.folder / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_figure(figure, path)
+        with Image.open(path) as picture:
+            self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def curves(self) -> None:
+        """curves.png from everything logged so far."""
+        save_figure(curves_figure(read_metrics(self.folder)), self.folder / "curves.png")
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+    path = folder / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON under a temporary name, then rename."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure under a temporary name, then rename; the suffix chooses the format."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format=path.suffix[1:])
+    os.replace(temporary, path)
+
+
+def progress_line(step: int, iterations: int, values: dict[str, Any]) -> str:
+    """One console line of a training step."""
+    terms = "  ".join(
+        f"{name} {values[name]:.4f}" for name in ("loss", "ce", "ppc", "ppd", "auxiliary") if name in values
+    )
+    return (
+        f"{step:>{len(str(iterations))}}/{iterations}  {terms}  lr {values['lr']:.2e}"
+        f"  {values['images_per_second']:.1f} img/s  data wait {values['data_wait']:.0%}"
+        f"  mem {values['memory_gb']:.1f} GB  left {clock(values['eta_seconds'])}"
+    )
+
+
+def health_line(health: dict[str, list[float | None]]) -> str:
+    """One console line on the state of the prototypes, means over classes."""
+    dead = sum(int(value or 0) for value in health["dead"])
+    return (
+        f"prototypes: effective K {mean_of_known(health['effective_k']):.1f}"
+        f"  intra-class cosine mean {mean_of_known(health['mean_intra_cosine']):.2f}"
+        f" max {max((v for v in health['max_intra_cosine'] if v is not None), default=float('nan')):.2f}"
+        f"  dead {dead}  churn {mean_of_known(health['churn']):.3f}"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def print_scores(scores: Scores, title: str) -> None:
+    """Per-class table with the means below it."""
+    table = Table(title=title, show_edge=False, pad_edge=False)
+    table.add_column("class")
+    for name in ("IoU", "Acc", "pixels"):
+        table.add_column(name, justify="right")
+    pixels = scores.confusion.sum(1).tolist()
+    total = max(sum(pixels), 1)
+    for name, iou, accuracy, count in zip(
+        scores.classes, scores.iou.tolist(), scores.accuracy.tolist(), pixels
+    ):
+        table.add_row(name, _percent(iou), _percent(accuracy), f"{100 * count / total:.2f} %")
+    plain = scores.to_plain()
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    absent = [name for name, iou in plain["IoU"].items() if iou is None]
+    note = f"  (absent, left out of the mean: {', '.join(absent)})" if absent else ""
+    print(
+        "  ".join(f"{name} {_percent(plain[name])}" for name in ("mIoU", "aAcc", "mAcc")) + note, flush=True
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{100 * value:.2f}"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far: of the GPU, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a result was made: versions, device and, in a checkout, the git commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    names = ("protoseg", "torch", "torchvision", "timm")
+    return {
+        "git_commit": commit or None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {os.cpu_count()}",
+    }

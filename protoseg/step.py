@@ -1,0 +1,183 @@
+"""One optimiser step, which reads as the algorithm, and the state that it changes."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
+
+from protoseg import distributed
+from protoseg.config import Config, UserError
+from protoseg.data.loader import Batch
+from protoseg.losses import downsample_labels
+from protoseg.model import Segmenter, StepOutput, build_model, frozen_running_stats
+from protoseg.optim import build_optimizer, build_schedule
+
+
+@dataclass
+class Run:
+    """Everything that changes while training; `last.pt` holds all of it."""
+
+    config: Config
+    model: Segmenter
+    parallel: nn.Module  # the same model, wrapped for DDP and torch.compile
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    device: torch.device
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    step: int = 0  # optimiser steps done; also the position in the data
+    best: float = -1.0
+    seconds: float = 0.0  # spent training, without evaluation
+    unseen: set[int] = field(default_factory=set)  # classes whose prototypes do not hold data yet
+
+
+class NonFiniteLoss(UserError):
+    """Training has diverged; the weights are those before the step."""
+
+
+def build_run(
+    config: Config,
+    classes: tuple[str, ...],
+    palette: tuple[tuple[int, int, int], ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Run:
+    """A fresh run: seeded model, optimiser and schedule, wrapped for the process group if there is one."""
+    torch.manual_seed(config.train.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, set here and nowhere else
+    model = build_model(config, len(classes), all_reduce=distributed.all_reduce).to(device, dtype)
+    if device.type == "cuda" and distributed.world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.optim)
+    schedule = build_schedule(optimizer, config.optim, config.train.iterations)
+    parallel: nn.Module = model
+    if distributed.world_size() > 1:
+        parallel = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    if config.train.compile:
+        parallel = torch.compile(parallel)  # type: ignore[assignment]
+    torch.manual_seed(config.train.seed + distributed.rank())  # dropout differs between ranks
+    run = Run(config, model, parallel, optimizer, schedule, device, classes, palette)
+    run.unseen = unseen_classes(model)
+    return run
+
+
+def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
+    """One optimiser step, in micro-batches if configured; returns the global mean of every term.
+
+    Errors: NonFiniteLoss, before weights, optimiser or prototypes have changed.
+    """
+    run.parallel.train()
+    micro = [(b.image.to(run.device), b.label.to(run.device).long()) for b in split(batch, run.config)]
+    start_prototypes_(run, micro)
+    micro = [(images, without_unseen(run, labels)) for images, labels in micro]
+    scales = run.model.loss_scales([labels for _, labels in micro], distributed.all_reduce)
+    outputs: list[StepOutput] = []
+    for images, labels in micro:
+        with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):
+            with autocast(run):
+                output = run.parallel(images, labels, scales)
+            output.total.backward()
+        outputs.append(output)
+    values = finite_values(run, outputs, stop)  # the one host read of the step
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.schedule.step()
+    if run.model.prototypes is not None:
+        run.model.prototypes.update_(*[output.prototypes for output in outputs if output.prototypes])
+    run.step += 1
+    return values
+
+
+def split(batch: Batch, config: Config) -> list[Batch]:
+    """The micro-batches of one rank's batch."""
+    parts = [tensor.chunk(config.train.accumulation) for tensor in batch]
+    return [Batch(*part) for part in zip(*parts)]
+
+
+def start_prototypes_(run: Run, micro: list[tuple[Tensor, Tensor]]) -> None:
+    """Give classes seen for the first time their prototypes, and revive dead ones every R steps.
+
+    Rare, so it may cost a forward pass of its own; all ranks decide alike.
+    """
+    head = run.model.prototypes
+    if head is None:
+        return
+    every = run.config.prototypes.revive_after
+    due = bool(every) and run.step > 0 and run.step % every == 0
+    small = [downsample_labels(labels, run.model.feature_size(labels)) for _, labels in micro]
+    if not due and not (run.unseen and present_classes(small, head.num_classes) & run.unseen):
+        return
+    for (images, _), labels in zip(micro, small):
+        with torch.no_grad(), frozen_running_stats(run.model), autocast(run):
+            embedding, _ = run.model.embed(images)
+            head.prepare_(embedding, labels)
+    run.unseen = unseen_classes(run.model)
+
+
+def present_classes(labels: list[Tensor], num_classes: int) -> set[int]:
+    """The classes that occur on any rank."""
+    present = torch.zeros(num_classes, device=labels[0].device)
+    for each in labels:
+        present[each[each < num_classes].unique()] = 1
+    return set(distributed.all_reduce(present, "max").nonzero().flatten().tolist())
+
+
+def unseen_classes(model: Segmenter) -> set[int]:
+    """The classes whose prototypes do not hold data yet."""
+    if model.prototypes is None:
+        return set()
+    return set((~model.prototypes.initialized).nonzero().flatten().tolist())
+
+
+def without_unseen(run: Run, labels: Tensor) -> Tensor:
+    """Labels in which classes without prototypes are ignored: too small to show at embedding resolution."""
+    if not run.unseen:
+        return labels
+    unseen = torch.tensor(sorted(run.unseen), device=labels.device)
+    return labels.masked_fill(torch.isin(labels, unseen), run.model.ignore_index)
+
+
+def gradients_stay_local(run: Run, unless: bool) -> AbstractContextManager[Any]:
+    """DDP averages gradients in the last micro-batch only."""
+    return nullcontext() if unless or distributed.world_size() == 1 else run.parallel.no_sync()  # type: ignore
+
+
+def autocast(run: Run) -> AbstractContextManager[Any]:
+    """The forward pass in bfloat16, if configured."""
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.train.precision == "bf16")
+
+
+def finite_values(run: Run, outputs: list[StepOutput], stop: bool) -> dict[str, float]:
+    """Global means of the terms, their sum, the gradient norm and the stop flag; clips the gradient.
+
+    Errors: NonFiniteLoss naming the first term that is not finite.
+    """
+    names = [*outputs[0].terms, "loss"]
+    sums = [sum(output.terms[name] for output in outputs) for name in names[:-1]]
+    local = torch.stack([*sums, sum(output.total.detach() for output in outputs)]).float()  # type: ignore
+    means = distributed.all_reduce(local) / distributed.world_size()  # local losses carry the factor W
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = get_total_norm(gradients)
+    if run.config.train.grad_clip is not None:
+        clip_grads_with_norm_(run.model.parameters(), run.config.train.grad_clip, norm)
+    flag = distributed.all_reduce(torch.tensor(float(stop), device=run.device), "max")
+    read = torch.cat([means, norm.float().view(1), flag.view(1)]).tolist()
+    values = dict(zip([*names, "grad_norm", "stop"], read))
+    for name, value in values.items():
+        if not math.isfinite(value):
+            what = "the gradient" if name == "grad_norm" else f"the term {name}"
+            raise NonFiniteLoss(
+                f"step {run.step + 1}: {what} is {value}; nothing was updated, the last checkpoint is"
+                " good: lower optim.lr, set train.grad_clip or train.precision=fp32 in a new run"
+            )
+    return values

@@ -1,0 +1,102 @@
+"""Pictures: functions that take arrays and return images or figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+Palette = Sequence[tuple[int, int, int]]
+IGNORED_COLOUR = (255, 255, 255)
+RIGHT, WRONG = (222, 226, 230), (200, 30, 60)
+
+
+def colourise(label: NDArray, palette: Palette) -> NDArray[np.uint8]:
+    """(H, W) class ids → (H, W, 3) colours; ids without a colour (ignored pixels) become white."""
+    table = np.array([*palette, IGNORED_COLOUR], dtype=np.uint8)
+    return table[np.where((label >= 0) & (label < len(palette)), label, len(palette))]
+
+
+def error_map(label: NDArray, prediction: NDArray, ignore_index: int) -> NDArray[np.uint8]:
+    """(H, W, 3): grey where the prediction is right, red where it is wrong, white where nobody knows."""
+    picture = np.where((label == prediction)[..., None], np.array(RIGHT, np.uint8), np.array(WRONG, np.uint8))
+    return np.where((label == ignore_index)[..., None], np.array(IGNORED_COLOUR, np.uint8), picture)
+
+
+def sample_figure(
+    image: NDArray[np.uint8],
+    label: NDArray,
+    prediction: NDArray,
+    classes: Sequence[str],
+    palette: Palette,
+    ignore_index: int,
+) -> Figure:
+    """Image (H, W, 3), label, prediction and errors side by side, with a legend of the classes that occur."""
+    label, prediction = label.astype(np.int64), prediction.astype(np.int64)
+    panels = {
+        "image": image,
+        "label (white: ignored)": colourise(label, palette),
+        "prediction": colourise(prediction, palette),
+        "errors (red)": error_map(label, prediction, ignore_index),
+    }
+    height = 2.6 * image.shape[0] / image.shape[1] + 0.9
+    figure = Figure(figsize=(10.4, height), layout="constrained", dpi=120)
+    for axes, (title, picture) in zip(figure.subplots(1, 4), panels.items()):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.set_axis_off()
+    present = [c for c in range(len(classes)) if (label == c).any() or (prediction == c).any()]
+    handles = [
+        Patch(
+            facecolor="#{:02x}{:02x}{:02x}".format(*palette[c]),
+            edgecolor="0.4",
+            linewidth=0.4,
+            label=classes[c],
+        )
+        for c in present
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(present), 11) or 1, fontsize=7)
+    return figure
+
+
+def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:
+    """Losses, validation mIoU and prototype health over the steps, from the lines of metrics.jsonl."""
+    train = [line for line in lines if line["kind"] == "train"]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    with_health = [line for line in evaluations if "prototype_health" in line]
+    figure = Figure(figsize=(4 * (3 if with_health else 2), 3), layout="constrained", dpi=120)
+    axes = figure.subplots(1, 3 if with_health else 2)
+    for name in ("loss", "ce", "ppc", "ppd", "auxiliary"):
+        points = [(line["step"], line[name]) for line in train if name in line]
+        if points:
+            axes[0].plot(*zip(*points), label=name, linewidth=1)
+    axes[0].set(title="training loss (terms before weighting)", xlabel="step", yscale="log")
+    axes[0].legend(fontsize=7)
+    axes[1].plot(
+        [line["step"] for line in evaluations],
+        [line["mIoU"] for line in evaluations],
+        marker="o",
+        markersize=3,
+    )
+    axes[1].set(title="validation mIoU", xlabel="step", ylim=(0, 1))
+    if with_health:
+        steps = [line["step"] for line in with_health]
+        for name, title in (("effective_k", "effective K"), ("mean_intra_cosine", "mean intra-class cosine")):
+            values = [mean_of_known(line["prototype_health"][name]) for line in with_health]
+            target = axes[2] if name == "effective_k" else axes[2].twinx()
+            colour = "C0" if name == "effective_k" else "C1"
+            target.plot(steps, values, marker="o", markersize=3, color=colour)
+            target.set_ylabel(title, color=colour)
+            target.set_ylim(bottom=0)
+        axes[2].set(title="prototypes (mean over classes)", xlabel="step")
+    for each in axes:
+        each.spines[["top"]].set_visible(False)
+    return figure
+
+
+def mean_of_known(values: Sequence[float | None]) -> float:
+    """Mean of the values that are defined; NaN if none is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")

@@ -1,0 +1,96 @@
+"""The arrows of the README's architecture section, kept by reading imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+# A file imports only from its left; files in one group do not import each other.
+ORDER = [
+    ["config", "distributed"],
+    ["data"],
+    ["maps"],
+    ["mit", "hrnet", "swin", "timm_features"],
+    ["backbones"],
+    ["heads"],
+    ["losses", "clustering"],
+    ["memory"],
+    ["sampling"],
+    ["prototypes", "contrast"],
+    ["model"],
+    ["weight_names"],
+    ["weights"],
+    ["optim", "checkpoint"],
+    ["inference", "evaluate"],
+    ["visualize"],
+    ["report"],
+    ["step"],
+    ["trainer"],
+    ["sweep"],
+    ["cli"],
+]
+TORCH_ONLY = ["losses", "clustering", "prototypes", "memory", "sampling", "contrast"]
+POSITION = {name: i for i, group in enumerate(ORDER) for name in group}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> dict[str, list[Path]]:
+    """Name in ORDER → its files."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(Path("protoseg").rglob("*.py")):
+        name = path.relative_to("protoseg").with_suffix("").parts[0]
+        if name != "__init__":
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    missing = sorted(set(modules()) - set(POSITION))
+    assert not missing, f"{missing}: add it to ORDER here and to the README's architecture section"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_left(name: str) -> None:
+    for path in modules()[name]:
+        for imported in sorted(imports(path)):
+            parts = imported.split(".")
+            if parts[0] != "protoseg" or len(parts) < 2 or parts[1] not in POSITION or parts[1] == name:
+                continue
+            allowed = POSITION[parts[1]] < POSITION[name]
+            assert allowed, (
+                f"{path} imports {imported}, which stands to its right: move the shared piece left"
+            )
+
+
+@pytest.mark.parametrize("name", TORCH_ONLY)
+def test_core_needs_torch_only(name: str) -> None:
+    for path in modules()[name]:
+        foreign = {i for i in imports(path) if i.split(".")[0] not in {"torch", "protoseg", *STANDARD}}
+        assert not foreign, f"{path} imports {sorted(foreign)}: the core is for anybody's model, torch only"
+
+
+STANDARD = {
+    "__future__",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "math",
+    "typing",
+    "warnings",
+}
+
+
+def test_no_grab_bag() -> None:
+    bad = [p for p in Path("protoseg").rglob("*.py") if p.stem in {"utils", "helpers", "misc", "common"}]
+    assert not bad, f"{bad}: a helper lives with its user"

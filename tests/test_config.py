@@ -1,0 +1,88 @@
+"""Configuration: every mistake gets one line that names the key and what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from protoseg.config import UserError, config_from, differing_keys, load_config, merge, to_plain
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("train: {iteratons: 3}", [], "unknown key train.iteratons; did you mean train.iterations?"),
+        ("iterations: 3", [], "unknown key iterations; did you mean train.iterations?"),
+        ("trian: {seed: 3}", [], "unknown key trian; did you mean train?"),
+        ("zzz: 1", [], "unknown key zzz; valid here: preset, classifier, data"),
+        ("train: {iterations: 0}", [], "train.iterations: Input should be greater than 0, got 0"),
+        ("train: 3", [], "train is a section, got 3"),
+        ("- a", [], "expected `key: value` lines"),
+        ("a: [", [], "mend the YAML"),
+        ("preset: x", [], "preset: Input should be 'default', 'paper' or 'official', got 'x'"),
+        ("data: {scale: [2, 1]}", [], "scale must be [low, high]"),
+        (
+            "data: {batch_size: 3}\ntrain: {accumulation: 2}",
+            [],
+            "must be a multiple of train.accumulation (2)",
+        ),
+        ("", ["train.iterations=abc"], "train.iterations: Input should be a valid integer"),
+        ("", ["train.iterations"], "expected key.sub=value"),
+        ("", ["prototypes.momentm=1"], "did you mean prototypes.momentum?"),
+        ("optim: {lr: .inf}", [], "optim.lr: Input should be a finite number"),
+    ],
+)
+def test_mistake_is_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, text), overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: cannot read the config file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_yaml_cannot_execute(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mend the YAML"):
+        load_config(write(tmp_path, "data: !!python/object/apply:os.system ['true']"))
+
+
+def test_later_values_win(tmp_path: Path) -> None:
+    path = write(tmp_path, "preset: paper\nprototypes: {momentum: 0.9}\noptim: {lr: 1e-3}")
+    config = load_config(path, ["prototypes.num_per_class=7", "data.crop=[32, 64]"])
+    assert config.prototypes.momentum == 0.9  # the file over the preset
+    assert config.prototypes.start == "random"  # the preset over the default
+    assert config.prototypes.num_per_class == 7  # the command line over the file
+    assert config.optim.lr == 1e-3
+    assert config.data.crop == (32, 64)
+
+
+def test_resolved_config_loads_to_itself(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "preset: official\ndata: {label_map: {0: ignore, 1: 0}}"))
+    assert config_from(to_plain(config), "copy") == config
+
+
+def test_differing_keys_are_dotted() -> None:
+    assert differing_keys({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}}) == ["a.c", "d"]
+
+
+def test_label_map_is_replaced_not_merged() -> None:
+    base = {"data": {"label_map": {1: 0}, "crop": [1, 1]}}
+    assert merge(base, {"data": {"label_map": {2: 0}}}) == {"data": {"label_map": {2: 0}, "crop": [1, 1]}}
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_config_loads_and_is_short(path: Path) -> None:
+    load_config(path)
+    text = path.read_text()
+    assert text.startswith("# "), "the first lines say how to run it, how long it takes, what to expect"
+    assert f"python tools/train.py {path}" in text
+    deltas = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(deltas) <= 30
