@@ -1,6 +1,6 @@
-"""The maths of nonparametric prototypes: scores, Sinkhorn, assignment, update, choice of starting points.
+"""The maths of nonparametric prototypes: Sinkhorn, assignment, update, choice of starting points.
 
-N pixels, C classes, K prototypes per class, D channels; M = K·C rows, prototype k of class c in row k·C + c.
+N pixels, C classes, K prototypes per class, D channels.
 Embeddings and prototypes have unit length along D. A label of −1 marks a pixel that takes no part.
 `all_reduce(tensor, "sum" | "max")` joins the ranks of a distributed run; None means one process. Every
 function gives the same result for any split of the pixels over ranks.
@@ -10,50 +10,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from protoseg.scores import MIN_NORM, unit
+
 AllReduce = Callable[[Tensor, str], Tensor]
-MIN_NORM = 1e-6  # below this a vector has no direction
 LOG_DOMAIN_BELOW = 0.03  # exp(−2/κ) nears the end of float32 there
-
-
-def unit(x: Tensor, dim: int = -1) -> Tensor:
-    """x / max(‖x‖, 1e-6) along `dim`; half types become float32, double stays double."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim, eps=MIN_NORM)
-
-
-class Scores(NamedTuple):
-    """What `prototype_scores` returns."""
-
-    classes_NC: Tensor  # max over k of iᵀp_ck, −1 for classes that are not live
-    own_NK: Tensor  # iᵀp_yk for the pixel's own class y; class 0 where the label is −1
-    log_sum_exp_N: Tensor  # log Σ exp(iᵀp/τ) over the prototypes of all live classes
-
-
-def prototype_scores(
-    emb_ND: Tensor,
-    protos_CKD: Tensor,
-    labels_N: Tensor,
-    temperature: float = 0.1,
-    live_C: Tensor | None = None,
-    *,
-    score_dtype: torch.dtype | None = None,
-    chunk_size: int | None = None,
-) -> Scores:
-    """Class scores, own-class similarities and the log-sum-exp over all prototypes, in chunks of pixels."""
-    sims_NCK = torch.einsum("nd,ckd->nck", emb_ND, protos_CKD)
-    if live_C is None:
-        live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=emb_ND.device)
-    index = labels_N.clamp(min=0)[:, None, None].expand(-1, 1, protos_CKD.shape[1])
-    own_NK = sims_NCK.gather(1, index)[:, 0]
-    lowest = torch.finfo(sims_NCK.dtype).min / 4
-    masked_NCK = (sims_NCK / temperature).masked_fill(~live_C[:, None], lowest)
-    return Scores(
-        sims_NCK.amax(2).masked_fill(~live_C, -1.0),
-        own_NK,
-        masked_NCK.flatten(1).logsumexp(1),
-    )
 
 
 def sinkhorn(
@@ -69,7 +31,7 @@ def sinkhorn(
     """Transport plan between each class's pixels and its K prototypes, all classes at once.
 
     own_NK: similarities iᵀp_yk with the pixel's own class; labels_N: int, −1 takes no part. Solves
-    max Tr(LᵀPᵀX) + κH(L) with every pixel giving 1 and every prototype taking N_c/K (ProtoSeg Eq. 8-9) by
+    max Tr(LᵀPᵀX) + κH(L) with every pixel giving 1 and every prototype taking N_c/K by
     `iterations` rounds of prototype marginal, then pixel marginal. log_domain: default below κ = 0.03.
     Returns plan_NK, rows summing to 1, zero rows where the label is −1. No gradient passes.
     """
@@ -120,7 +82,7 @@ def _sinkhorn_log(
 
 
 def assign(plan_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """The prototype each pixel belongs to: argmax over k of the plan, −1 where the label is −1. int64 (N,)."""
+    """Each pixel's prototype, int64 (N,): argmax over k of the plan, −1 where the label is −1."""
     return torch.where(labels_N >= 0, plan_NK.argmax(1), -1)
 
 
@@ -173,7 +135,7 @@ def divided(sums_CKD: Tensor, counts_CK: Tensor) -> Tensor:
 
 
 def momentum_update(protos_CKD: Tensor, means_CKD: Tensor, counts_CK: Tensor, momentum: float) -> Tensor:
-    """p ← l2norm(μ·p + (1−μ)·l2norm(mean)) where a prototype has pixels, p itself elsewhere (ProtoSeg Eq. 10).
+    """p ← l2norm(μ·p + (1−μ)·l2norm(mean)) where a prototype has pixels, p itself elsewhere.
 
     A mean, or a result, shorter than 1e-6 has no direction: p stays, bit for bit. Returns (C, K, D).
     """
@@ -194,9 +156,9 @@ def spread_prototypes(
     """Place the prototypes of `wanted_CK` (bool) on their classes' worst-fitted pixels, one after the other.
 
     Farthest-point choice, all classes at once: prototype k goes to the pixel of its class whose best cosine
-    with the prototypes that stand already is lowest, the first of a class to the pixel nearest the class's mean.
-    A pixel that is chosen twice (fewer pixels than K) is told apart by a little of the prototype's old direction.
-    Loops over K. Returns (protos_CKD, placed_CK); nothing is placed for classes without a pixel on any rank.
+    with the prototypes that stand already is lowest, the first of a class to the pixel nearest its class's
+    mean. Where a pixel is chosen twice (fewer pixels than K), a little of the prototype's old direction tells
+    the two apart. Loops over K. Returns (protos_CKD, placed_CK); nothing is placed for classes without a pixel on any rank.
     """
     emb_ND = emb_ND.detach()
     num_classes, num_prototypes, dim = protos_CKD.shape

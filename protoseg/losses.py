@@ -6,12 +6,14 @@ ranks' gradients, which is what DDP forms, is the gradient of the mean over all 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 AllReduce = Callable[[Tensor, str], Tensor]
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # full-resolution logits at a time
 
 
 def loss_scale(
@@ -79,17 +81,115 @@ def upsampled_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of bilinearly upsampled logits (align_corners=False) with labels at full resolution.
 
-    logits (B, C, h, w), labels (B, H, W) integer. class_weights (C,). scale: from `loss_scale`; by default
+    logits (B, C, h, w), labels (B, H, W) integer. class_weights (C,). scale: from `loss_scale`; the default is
     that of these labels alone, which gives the mean that `F.cross_entropy` gives (0 without a labelled pixel).
+    chunk_size: pixels at full resolution held at a time, in whole rows of one image (default from the sizes).
+    Half types are promoted to float32. No (B, C, H, W) tensor exists at any time: each band of rows is
+    upsampled, gives its loss and its gradient at the logits' resolution, and is gone. Returns a 0-d tensor.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if class_weights is None:
+            class_weights = logits.new_ones(logits.shape[1])
+            counted = None
+        else:
+            counted = class_weights
         if scale is None:
-            scale = loss_scale([labels], ignore_index, class_weights)
-        full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        weight = None if class_weights is None else class_weights.to(full.dtype)
-        loss = F.cross_entropy(full, labels.long(), weight, ignore_index=ignore_index, reduction="sum")
+            scale = loss_scale([labels], ignore_index, counted)
+        loss = _UpsampledCrossEntropy.apply(
+            logits, labels, class_weights.to(logits.dtype), ignore_index, chunk_size
+        )
         return loss * scale.to(loss.dtype)
+
+
+class _Lerp(NamedTuple):
+    """Linear interpolation along one axis: output j = (1 − weight_j) · input[low_j] + weight_j · input[high_j]."""
+
+    low: Tensor
+    high: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def between(size: int, full: int, like: Tensor) -> "_Lerp":
+        """From `size` to `full` points, as align_corners=False places them."""
+        at = (torch.arange(full, device=like.device, dtype=like.dtype) + 0.5) * (size / full) - 0.5
+        at = at.clamp(min=0)
+        low = at.floor().clamp(max=size - 1)
+        high = (low + 1).clamp(max=size - 1)
+        return _Lerp(low.long(), high.long(), at - low)
+
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """Sum of weighted cross-entropies. The gradient is formed in forward, since the loss is one number."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        weight_C: Tensor,
+        ignore_index: int,
+        chunk_size: int | None,
+    ) -> Tensor:
+        batch, num_classes, height, width = logits.shape
+        full_height, full_width = labels.shape[-2:]
+        if chunk_size is None:
+            elements = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cpu"])
+            chunk_size = elements // num_classes
+        band = max(1, chunk_size // full_width)
+        rows = _Lerp.between(height, full_height, logits)
+        columns = _Lerp.between(width, full_width, logits)
+        with_grad = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(logits if with_grad else logits[:0])
+        loss = logits.new_zeros(())
+        for image in range(batch):
+            for start in range(0, full_height, band):
+                at = slice(start, min(start + band, full_height))
+                piece = _Lerp(rows.low[at], rows.high[at], rows.weight[at, None])
+                size = at.stop - start
+                # Rows by hand, so that a band is exact at its borders; then a one-dimensional interpolation.
+                small_Crw = torch.lerp(
+                    logits[image][:, piece.low], logits[image][:, piece.high], piece.weight
+                )
+                full_Crw = F.interpolate(
+                    small_Crw[None], (size, full_width), mode="bilinear", align_corners=False
+                )[0]
+                label_rw = labels[image, at].long()
+                labelled_rw = label_rw != ignore_index
+                label_1rw = label_rw.masked_fill(~labelled_rw, 0)[None]
+                weight_rw = weight_C[label_1rw[0]].masked_fill(~labelled_rw, 0)
+                log_p_Crw = full_Crw.log_softmax(0)
+                loss = loss - (log_p_Crw.gather(0, label_1rw)[0] * weight_rw).sum()
+                if with_grad:
+                    error_Crw = log_p_Crw.exp_().scatter_add_(0, label_1rw, -torch.ones_like(weight_rw)[None])
+                    small_Crw = _upsampled_width_adjoint(error_Crw.mul_(weight_rw), width, columns)
+                    _add_lerp_adjoint_(gradient[image], 1, small_Crw, piece)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None, None, None
+
+
+def _upsampled_width_adjoint(error_CrW: Tensor, width: int, columns: _Lerp) -> Tensor:
+    """Gradient (C, r, w) from that of the upsampled rows (C, r, W)."""
+    classes, size, full_width = error_CrW.shape
+    if error_CrW.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # The fused kernel adds in no fixed order on a GPU; index_add_ has a mode that does.
+        small = error_CrW.new_zeros(classes, size, width)
+        _add_lerp_adjoint_(small, 2, error_CrW, columns)
+        return small
+    return torch.ops.aten.upsample_bilinear2d_backward(
+        error_CrW[None], [size, full_width], [1, classes, size, width], False, None, None
+    )[0]
+
+
+def _add_lerp_adjoint_(target: Tensor, dim: int, error: Tensor, lerp: _Lerp) -> None:
+    """Add to `target` what a linear interpolation along `dim` sends back."""
+    target.index_add_(dim, lerp.low, error * (1 - lerp.weight))
+    target.index_add_(dim, lerp.high, error * lerp.weight)
 
 
 def _summed_with_world(total: Tensor, all_reduce: AllReduce | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """PrototypeHead: a segmentation classifier whose prototypes are clustered from the data, not learned.
 
-A thin shell around the functions of `clustering` and `losses`; needs torch only.
+A thin shell around the functions of `scores`, `clustering` and `losses`; needs torch only.
 B images, C classes, K prototypes per class, D channels, (h, w) pixels; N = B·h·w pixels.
 """
 
@@ -20,12 +20,11 @@ from protoseg.clustering import (
     divided,
     health,
     momentum_update,
-    prototype_scores,
     sinkhorn,
     spread_prototypes,
-    unit,
 )
 from protoseg.losses import ppc_loss, ppd_loss
+from protoseg.scores import class_scores, prototype_scores, unit
 
 __all__ = [
     "Health",
@@ -151,8 +150,13 @@ class PrototypeHead(nn.Module):
         """Logits (B, C, h, w); with return_distance also 1 − cosine of the nearest prototype (B, h, w)."""
         with torch.autocast(features.device.type, enabled=False):
             emb_ND = self._embed(features)
-            ignored_N = torch.full_like(emb_ND[:, 0], -1, dtype=torch.int64)
-            scores_NC = self._scores(emb_ND, ignored_N)[0]
+            scores_NC = class_scores(
+                emb_ND,
+                self.prototypes.to(emb_ND.dtype),
+                self.initialized,
+                score_dtype=self.score_dtype,
+                chunk_size=self.chunk_size,
+            )
             logits = self._logits(scores_NC, features)
             if not return_distance:
                 return logits
@@ -169,7 +173,15 @@ class PrototypeHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             emb_ND = self._embed(features)
             labels_N = self._valid_labels(features, labels)
-            scores_NC, own_NK, log_sum_exp_N = self._scores(emb_ND, labels_N)
+            scores_NC, own_NK, log_sum_exp_N = prototype_scores(
+                emb_ND,
+                self.prototypes.to(emb_ND.dtype),
+                labels_N,
+                self.temperature,
+                self.initialized,
+                score_dtype=self.score_dtype,
+                chunk_size=self.chunk_size,
+            )
             plan_NK = sinkhorn(
                 own_NK,
                 labels_N,
@@ -295,17 +307,6 @@ class PrototypeHead(nn.Module):
         if only_initialized:
             labels_N = torch.where(self.initialized[labels_N.clamp(min=0)], labels_N, -1)
         return labels_N
-
-    def _scores(self, emb_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return prototype_scores(
-            emb_ND,
-            self.prototypes.to(emb_ND.dtype),
-            labels_N,
-            self.temperature,
-            self.initialized,
-            score_dtype=self.score_dtype,
-            chunk_size=self.chunk_size,
-        )
 
     def _logits(self, scores_NC: Tensor, features: Tensor) -> Tensor:
         """Scores (N, C) scaled or normalised, as a map (B, C, h, w)."""

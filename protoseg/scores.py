@@ -1,0 +1,199 @@
+"""Similarities of pixels and prototypes, without ever holding all of them.
+
+N pixels, C classes, K prototypes per class, D channels; M = K·C rows, prototype k of class c in row k·C + c.
+Pixels go through in chunks of n. Similarities are laid out (K, C, n): reductions over K or M then run along
+whole rows of pixels, which is what vector units and GPUs like.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_NORM = 1e-6  # below this a vector has no direction
+CHUNK_ELEMENTS = {
+    "cpu": 2**20,
+    "cuda": 2**26,
+}  # similarities at a time: what a cache, or a GPU's memory, has room for
+
+
+def unit(x: Tensor, dim: int = -1) -> Tensor:
+    """x / max(‖x‖, 1e-6) along `dim`; half types become float32, double stays double."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim, eps=MIN_NORM)
+
+
+class Scores(NamedTuple):
+    """What `prototype_scores` returns."""
+
+    classes_NC: Tensor  # max over k of iᵀp_ck; −1 for classes that are not live
+    own_NK: Tensor  # iᵀp_yk for the pixel's own class y; class 0 where the label is −1
+    log_sum_exp_N: Tensor  # log Σ exp(iᵀp/τ) over the prototypes of all live classes
+
+
+def class_scores(
+    emb_ND: Tensor,
+    protos_CKD: Tensor,
+    live_C: Tensor | None = None,
+    *,
+    score_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """max over k of iᵀp_ck (N, C), −1 for classes that are not live: all that inference needs.
+
+    Plain operations on chunks of pixels: can be exported, and differentiated (then autograd keeps N × CK).
+    """
+    num_classes, num_prototypes, _ = protos_CKD.shape
+    rows_MD = _k_major(protos_CKD, score_dtype)
+    parts = [
+        (rows_MD @ chunk_nD.to(rows_MD.dtype).t()).view(num_prototypes, num_classes, -1).amax(0)
+        for chunk_nD in emb_ND.split(_chunk(emb_ND, len(rows_MD), chunk_size))
+    ]
+    scores_CN = (torch.cat(parts, 1) if parts else emb_ND.new_zeros(num_classes, 0)).to(emb_ND.dtype)
+    return (scores_CN if live_C is None else scores_CN.masked_fill(~live_C[:, None], -1.0)).t()
+
+
+def prototype_scores(
+    emb_ND: Tensor,
+    protos_CKD: Tensor,
+    labels_N: Tensor,
+    temperature: float = 0.1,
+    live_C: Tensor | None = None,
+    *,
+    score_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> Scores:
+    """Class scores, own-class similarities and the log-sum-exp over all prototypes.
+
+    emb_ND, protos_CKD: unit length, of one dtype (float32 or double). labels_N: int64, −1 takes no part. live_C:
+    bool, classes that have prototypes (default all). score_dtype: of the products with all M prototypes, for
+    example bfloat16 on a GPU; own_NK and all sums are in the dtype of emb_ND nevertheless. chunk_size: pixels at
+    a time (default from the sizes). Memory: O(N·(C + K + D)) held for backward, n·M in passing. The gradient
+    goes to emb_ND only; of prototypes that tie for the maximum the first one gets it.
+    """
+    if live_C is None:
+        live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=emb_ND.device)
+    classes_CN, own_NK, log_sum_exp_N = _PrototypeScores.apply(
+        emb_ND, protos_CKD, labels_N, live_C, temperature, score_dtype, chunk_size
+    )
+    return Scores(classes_CN.t(), own_NK, log_sum_exp_N)
+
+
+class _PrototypeScores(torch.autograd.Function):
+    """Forward already forms the gradient of the log-sum-exp, N·D numbers, since the similarities are at hand.
+
+    Backward then needs no similarities again: two products with all prototypes in all, not three. What is
+    left, the gradient of the maxima, touches one prototype per class and pixel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        emb_ND: Tensor,
+        protos_CKD: Tensor,
+        labels_N: Tensor,
+        live_C: Tensor,
+        temperature: float,
+        score_dtype: torch.dtype | None,
+        chunk_size: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_classes, num_prototypes, dim = protos_CKD.shape
+        num_pixels = len(emb_ND)
+        # A class that is not live shows another class's prototypes, with weight 0: no overflow, no extra pass.
+        shown_C = torch.where(live_C, torch.arange(num_classes, device=live_C.device), live_C.int().argmax())
+        weight_M = live_C.to(emb_ND.dtype).repeat(num_prototypes)
+        rows_MD = _k_major(protos_CKD[shown_C] / temperature, score_dtype)
+        weighted_MD = rows_MD * weight_M[:, None].to(rows_MD.dtype)
+        own_from_product = rows_MD.dtype == emb_ND.dtype
+        label_N = labels_N.clamp(min=0)
+        # k of the maximum by a product of bytes: `max(0)` with its indices is many times slower.
+        small_int = (
+            torch.int8 if num_prototypes < 128 else torch.int16 if num_prototypes < 2**15 else torch.int32
+        )
+        code_K11 = torch.arange(num_prototypes, 0, -1, device=emb_ND.device).to(small_int)[:, None, None]
+
+        classes_CN = emb_ND.new_empty(num_classes, num_pixels)
+        own_NK = emb_ND.new_empty(num_pixels, num_prototypes)
+        log_sum_exp_N = emb_ND.new_empty(num_pixels)
+        with_grad = ctx.needs_input_grad[0]
+        best_CN = torch.empty(
+            num_classes if with_grad else 0, num_pixels, dtype=small_int, device=emb_ND.device
+        )
+        lse_grad_ND = emb_ND.new_empty(num_pixels if with_grad else 0, dim)
+        chunk = _chunk(emb_ND, len(rows_MD), chunk_size)
+        for start in range(0, num_pixels, chunk):
+            at = slice(start, min(start + chunk, num_pixels))
+            size = at.stop - start
+            sims_Mn = (rows_MD @ emb_ND[at].to(rows_MD.dtype).t()).to(emb_ND.dtype)  # divided by τ
+            sims_KCn = sims_Mn.view(num_prototypes, num_classes, size)
+            top_Cn = sims_KCn.amax(0)
+            classes_CN[:, at] = top_Cn * temperature
+            if own_from_product:
+                index_K1n = label_N[at].expand(num_prototypes, 1, size)
+                own_NK[at] = sims_KCn.gather(1, index_K1n)[:, 0].t() * temperature
+            else:
+                own_NK[at] = (protos_CKD[label_N[at]] @ emb_ND[at, :, None])[..., 0]
+            if with_grad:
+                code_Cn = ((sims_KCn == top_Cn).view(torch.int8) * code_K11).amax(0)
+                best_CN[:, at] = (num_prototypes - code_Cn).clamp(max=num_prototypes - 1)
+            shift_n = top_Cn.amax(0)
+            exp_Mn = sims_Mn.sub_(shift_n).exp_()
+            sum_n = (weight_M @ exp_Mn).clamp(min=torch.finfo(emb_ND.dtype).tiny)  # 0 if no class is live
+            log_sum_exp_N[at] = sum_n.log() + shift_n
+            if with_grad:
+                lse_grad_ND[at] = (exp_Mn.to(rows_MD.dtype).t() @ weighted_MD).to(emb_ND.dtype) / sum_n[
+                    :, None
+                ]
+        classes_CN.masked_fill_(~live_C[:, None], -1.0)
+        own_NK.masked_fill_(~live_C[label_N][:, None], -1.0)
+        ctx.save_for_backward(lse_grad_ND, best_CN, label_N, live_C, protos_CKD)
+        ctx.chunk = chunk
+        ctx.set_materialize_grads(False)
+        return classes_CN, own_NK, log_sum_exp_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_CN, grad_own_NK, grad_lse_N = grads
+        lse_grad_ND, best_CN, label_N, live_C, protos_CKD = ctx.saved_tensors
+        num_classes, num_prototypes, dim = protos_CKD.shape
+        table_MD = protos_CKD.flatten(0, 1)  # row c·K + k
+        first_C1 = torch.arange(num_classes, device=table_MD.device)[:, None] * num_prototypes
+        k_K = torch.arange(num_prototypes, device=table_MD.device)
+        grad_ND = torch.zeros_like(lse_grad_ND) if grad_lse_N is None else lse_grad_ND * grad_lse_N[:, None]
+        for start in range(0, len(grad_ND), ctx.chunk):
+            at = slice(start, min(start + ctx.chunk, len(grad_ND)))
+            if grad_CN is not None:
+                row_Cn = first_C1 + best_CN[:, at]
+                weight_Cn = grad_CN[:, at] * live_C[:, None]
+                grad_ND[at] += _weighted_rows(table_MD, row_Cn.t(), weight_Cn.t())
+            if grad_own_NK is not None:
+                row_nK = label_N[at, None] * num_prototypes + k_K
+                weight_nK = grad_own_NK[at] * live_C[label_N[at], None]
+                grad_ND[at] += _weighted_rows(table_MD, row_nK, weight_nK)
+        return grad_ND, None, None, None, None, None, None
+
+
+def _weighted_rows(table_MD: Tensor, row_nJ: Tensor, weight_nJ: Tensor) -> Tensor:
+    """Σ over j of weight_nj · table[row_nj]. No row may come twice for one n."""
+    if table_MD.is_cuda:
+        # Matrix units multiply the zeros faster than a GPU gathers n·J rows.
+        dense_nM = weight_nJ.new_zeros(len(row_nJ), len(table_MD)).scatter_(1, row_nJ, weight_nJ)
+        return dense_nM @ table_MD
+    return F.embedding_bag(
+        row_nJ.contiguous(), table_MD, per_sample_weights=weight_nJ.contiguous(), mode="sum"
+    )
+
+
+def _k_major(protos_CKD: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Prototypes as rows k·C + c, (M, D)."""
+    return protos_CKD.transpose(0, 1).flatten(0, 1).to(dtype or protos_CKD.dtype)
+
+
+def _chunk(emb_ND: Tensor, num_rows: int, chunk_size: int | None) -> int:
+    """Pixels at a time."""
+    if chunk_size is not None:
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        return chunk_size
+    elements = CHUNK_ELEMENTS.get(emb_ND.device.type, CHUNK_ELEMENTS["cpu"])
+    return max(128, elements // num_rows // 128 * 128)
