@@ -53,11 +53,13 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_channels: int, dim: int = 256) -> None:
         super().__init__()
-        self.hidden = nn.Conv2d(in_channels, in_channels, kernel_size=1)
-        self.out = nn.Conv2d(in_channels, dim, kernel_size=1)
+        self.hidden = nn.Linear(in_channels, in_channels)  # on every pixel: a 1x1 convolution
+        self.out = nn.Linear(in_channels, dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(full_precision(self.out(F.relu(self.hidden(features)))), dim=1)
+        # channels last, in memory too: the memories and the pool take whole rows of D numbers
+        emb_BhwD = self.out(F.relu(self.hidden(features.permute(0, 2, 3, 1))))
+        return F.normalize(full_precision(emb_BhwD), dim=3).permute(0, 3, 1, 2)
 
 
 class ContrastOutput(NamedTuple):
@@ -90,9 +92,7 @@ def pixel_contrast_loss(
         negative_AM.dtype
     ).min  # finite: the log-sum-exp of no entry must not make NaN gradients
     lse_A1 = torch.where(negative_mask_AM, negative_AM / temperature, lowest).logsumexp(1, keepdim=True)
-    term_AK = F.softplus(
-        torch.where(positive_mask_AK & qualifies_A[:, None], lse_A1 - positive_AK / temperature, 0)
-    )
+    term_AK = F.softplus(lse_A1 - positive_AK / temperature)
     count_A = positive_mask_AK.sum(1).clamp(min=1)
     loss_A = torch.where(positive_mask_AK, term_AK, 0).sum(1) / count_A
     return torch.where(qualifies_A, loss_A, 0), qualifies_A
@@ -224,7 +224,7 @@ class PixelContrast(nn.Module):
         self, anchor_AD: Tensor, pixel_A: Tensor, valid_A: Tensor, projected: Tensor, class_BP: Tensor,
         key_BP: Tensor, wrong_BP: Tensor, step: int,
     ) -> ContrastOutput:  # fmt: skip
-        pool = self._pool(full_precision(projected.flatten(2)), class_BP, key_BP, step)
+        pool = self._pool(full_precision(_rows(projected)), class_BP, key_BP, step)
         pool_valid_L = pool.class_L < self.num_classes
         every = -(-len(pool.class_L) // UNIFORMITY_ROWS)
         spread = uniformity(pool.emb_LD[::every], pool_valid_L[::every])
@@ -251,11 +251,11 @@ class PixelContrast(nn.Module):
         loss = sums[0] * total[5] / total[1].clamp(min=1)
         return ContrastOutput(loss, mean[0], total[1], (total[1] == 0).float(), diagnostics, projected)
 
-    def _pool(self, emb_BDP: Tensor, class_BP: Tensor, key_BP: Tensor, step: int) -> Pool:
+    def _pool(self, emb_BPD: Tensor, class_BP: Tensor, key_BP: Tensor, step: int) -> Pool:
         if self.pool_size is None:
-            return full_pool(emb_BDP, class_BP, self.num_classes, self.memory, self.all_gather)
+            return full_pool(emb_BPD, class_BP, self.num_classes, self.memory, self.all_gather)
         return balanced_pool(
-            emb_BDP, class_BP, key_BP, self.num_classes, self.pool_size // self.num_classes, self.memory,
+            emb_BPD, class_BP, key_BP, self.num_classes, self.pool_size // self.num_classes, self.memory,
             self.seed, step, self.all_gather, self.all_reduce, self.rank,
         )  # fmt: skip
 
@@ -266,9 +266,9 @@ class PixelContrast(nn.Module):
         # Sums over qualifying anchors of: loss, 1, mean positive cosine, hardest negative cosine, wrongly
         # classified.
         device, num_classes, none = pixel_A.device, self.num_classes, float("-inf")
-        class_A = torch.where(valid_A, class_A, num_classes)  # has no candidates
+        class_A = torch.where(valid_A, class_A, num_classes)  # has no positives
         classes_C1 = torch.arange(num_classes + 1, device=device)[:, None]
-        other_CL = (pool.class_L != classes_C1) & (pool.class_L < num_classes) & (classes_C1 < num_classes)
+        other_CL = (pool.class_L != classes_C1) & (pool.class_L < num_classes)
         negative_AL = other_CL[class_A]
         # the positives lie side by side: a window of `width` candidates from the start of the class
         place_W = torch.arange(pool.width, device=device)
@@ -309,4 +309,8 @@ class PixelContrast(nn.Module):
             return
         class_BP = class_map(labels, self.num_classes, self.ignore_index)
         key_BP = pixel_keys(class_BP, indices, self.seed, step, 0)
-        self.memory.enqueue_(projected.flatten(2), class_BP, key_BP, indices, self.all_gather)
+        self.memory.enqueue_(_rows(projected), class_BP, key_BP, indices, self.all_gather)
+
+
+def _rows(projected: Tensor) -> Tensor:
+    return projected.permute(0, 2, 3, 1).flatten(1, 2)  # (B, P, D)

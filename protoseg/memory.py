@@ -88,19 +88,20 @@ def first_per_group(key_N: Tensor, group_N: Tensor, num_groups: int, count: int)
     return torch.where(valid_GK, position_GK, 0), valid_GK
 
 
-def region_means(emb_BDP: Tensor, class_BP: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+def region_means(emb_BPD: Tensor, class_BP: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """l2-normalised mean embedding of each class in each image (section 3.2, "region memory").
 
     Returns means (B, C, D) float32 or float64 and valid (B, C); a class that is absent, or whose mean has a
     norm below 1e-6, is not valid.
     """
-    batch, dim, _ = emb_BDP.shape
-    emb_BDP = full_precision(emb_BDP)
-    index_BDP = class_BP[:, None, :].expand(-1, dim, -1)
-    sum_BDC = emb_BDP.new_zeros(batch, dim, num_classes + 1).scatter_add_(2, index_BDP, emb_BDP)
-    count_BC = torch.zeros_like(class_BP[:, :1]).expand(-1, num_classes + 1).contiguous()
-    count_BC = count_BC.scatter_add_(1, class_BP, torch.ones_like(class_BP))[:, :-1]
-    mean_BCD = sum_BDC[:, :, :-1].transpose(1, 2) / count_BC.clamp(min=1)[:, :, None]
+    batch, dim = len(emb_BPD), emb_BPD.shape[2]
+    image_B1 = torch.arange(batch, device=class_BP.device)[:, None]
+    group_N = (image_B1 * (num_classes + 1) + class_BP).flatten()
+    rows_ND = full_precision(emb_BPD).flatten(0, 1)
+    sum_GD = rows_ND.new_zeros(batch * (num_classes + 1), dim).index_add_(0, group_N, rows_ND)
+    count_G = torch.zeros(len(sum_GD), dtype=torch.int64, device=class_BP.device)
+    count_BC = count_G.index_add_(0, group_N, torch.ones_like(group_N)).view(batch, -1)[:, :-1]
+    mean_BCD = sum_GD.view(batch, num_classes + 1, dim)[:, :-1] / count_BC.clamp(min=1)[:, :, None]
     norm_BC1 = mean_BCD.norm(dim=2, keepdim=True)
     valid_BC = (count_BC > 0) & (norm_BC1.squeeze(2) > 1e-6)
     return mean_BCD / norm_BC1.clamp(min=1e-6), valid_BC
@@ -214,7 +215,7 @@ class PixelMemory(nn.Module):
     @torch.no_grad()
     def enqueue_(
         self,
-        emb_BDP: Tensor,
+        emb_BPD: Tensor,
         class_BP: Tensor,
         key_BP: Tensor,
         indices_B: Tensor,
@@ -222,28 +223,27 @@ class PixelMemory(nn.Module):
     ) -> None:
         """Write one batch, in global image order: V pixels and one region per image and class.
 
-        emb_BDP unit norm along D; class_BP from `class_map`; key_BP from `pixel_keys`; indices_B dataset
+        emb_BPD unit norm along D; class_BP from `class_map`; key_BP from `pixel_keys`; indices_B dataset
         indices. all_gather concatenates along axis 0 in rank order; with it, all ranks end with the memory
         that one process gets from the joint batch.
         """
-        batch, num_classes, drawn = len(emb_BDP), self.num_classes, self.pixels_per_image
+        batch, num_classes, drawn = len(emb_BPD), self.num_classes, self.pixels_per_image
         dtype = self.pixel_CTD.dtype
         rows: list[Tensor] = []
         facts = [indices_B.to(torch.int64)[:, None]]
         if self.pixel_slots:
-            image_B1 = torch.arange(batch, device=emb_BDP.device)[:, None]
+            image_B1 = torch.arange(batch, device=emb_BPD.device)[:, None]
             group_BP = torch.where(
                 class_BP < num_classes, image_B1 * num_classes + class_BP, batch * num_classes
             )
             position_GV, valid_GV = first_per_group(
                 key_BP.flatten(), group_BP.flatten(), batch * num_classes, drawn
             )
-            inside_BK = (position_GV % class_BP.shape[1]).view(batch, -1)
-            picked_BDK = emb_BDP.gather(2, inside_BK[:, None, :].expand(-1, self.dim, -1)).to(dtype)
-            rows.append(picked_BDK.transpose(1, 2).reshape(batch, num_classes, drawn, self.dim))
+            picked_GVD = emb_BPD.flatten(0, 1)[position_GV].to(dtype)
+            rows.append(picked_GVD.view(batch, num_classes, drawn, self.dim))
             facts.append(valid_GV.sum(1).view(batch, num_classes))
         if self.region_slots:
-            mean_BCD, valid_BC = region_means(emb_BDP, class_BP, num_classes)
+            mean_BCD, valid_BC = region_means(emb_BPD, class_BP, num_classes)
             rows.append(mean_BCD.to(dtype)[:, :, None])
             facts.append(valid_BC.to(torch.int64))
         if all_gather is not None:  # two collectives: the embeddings, and everything that is an integer

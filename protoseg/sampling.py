@@ -96,7 +96,7 @@ def _keep_across_ranks(
 
 
 def balanced_pool(
-    emb_BDP: Tensor,
+    emb_BPD: Tensor,
     class_BP: Tensor,
     key_BP: Tensor,
     num_classes: int,
@@ -113,8 +113,7 @@ def balanced_pool(
 
     Where one of the two has too few, the other fills up. The batch part is the smallest keys over all ranks.
     """
-    batch, _, pixels = emb_BDP.shape
-    here = rank * batch * pixels
+    here = rank * class_BP.numel()
     key_N = key_BP.flatten()
     pixel_CQ, valid_CQ = first_per_group(key_N, class_BP.flatten(), num_classes, min(per_class, len(key_N)))
     if all_gather is not None:
@@ -137,7 +136,7 @@ def balanced_pool(
     from_batch_CQ = place_Q < batch_C[:, None]
     mine_CQ = from_batch_CQ & (pixel_CQ >= 0) & (pixel_CQ < len(key_N))
     source_CQ = torch.where(mine_CQ, pixel_CQ, 0)
-    emb_CQD = emb_BDP[source_CQ // pixels, :, source_CQ % pixels]
+    emb_CQD = emb_BPD.flatten(0, 1)[source_CQ]
     if all_reduce is not None:  # each row has one owner, so that the sum is a copy
         emb_CQD = all_reduce(torch.where(mine_CQ[:, :, None], emb_CQD, 0), "sum")
     if memory is not None:
@@ -158,14 +157,14 @@ def balanced_pool(
 
 
 def full_pool(
-    emb_BDP: Tensor,
+    emb_BPD: Tensor,
     class_BP: Tensor,
     num_classes: int,
     memory: PixelMemory | None,
     all_gather: Gather | None = None,
 ) -> Pool:
     """Pool of every labelled pixel of the global batch and every filled slot of the memory."""
-    emb_LD = emb_BDP.transpose(1, 2).flatten(0, 1)
+    emb_LD = emb_BPD.flatten(0, 1)
     class_L = class_BP.flatten()
     if all_gather is not None:
         emb_LD, class_L = all_gather(emb_LD), all_gather(class_L)

@@ -88,7 +88,7 @@ def enqueue_(
 ) -> None:
     class_BP = class_map(labels, memory.num_classes, IGNORE)
     key_BP = pixel_keys(class_BP, indices, SEED, step, 0)
-    memory.enqueue_(emb.flatten(2), class_BP, key_BP, indices, gather)
+    memory.enqueue_(emb.flatten(2).transpose(1, 2), class_BP, key_BP, indices, gather)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -218,7 +218,7 @@ def test_rows_match_slots() -> None:
 
 
 def test_region_mean_that_cancels_is_left_out() -> None:
-    emb = torch.tensor([[[1.0, -1.0, 0.6], [0.0, 0.0, 0.8]]])  # class 0: two opposite vectors
+    emb = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.6, 0.8]]])  # class 0: two opposite vectors
     mean, valid = region_means(emb, torch.tensor([[0, 0, 1]]), 3)
     assert valid.tolist() == [[False, True, False]]
     assert torch.allclose(mean[0, 1], torch.tensor([0.6, 0.8]))
