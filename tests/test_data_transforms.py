@@ -1,8 +1,11 @@
+import colorsys
+
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as F
 
 from protoseg.data import TrainTransform
-from protoseg.data.transforms import MEAN_COLOUR
+from protoseg.data.transforms import MEAN_COLOUR, distort_colours
 
 OFF = {"scale": (1.0, 1.0), "cat_max_ratio": 1.0, "flip": 0.0, "photometric": False}
 
@@ -143,6 +146,47 @@ def test_photometric_changes_colours_only():
     change = torch.stack([(out.float() - image.float()).abs().mean() for out in outs])
     assert change.max() > 15
     assert change.max() < 90
+
+
+IMAGES = [
+    torch.randint(40, 200, (3, 17, 23), dtype=torch.uint8),
+    torch.full((3, 4, 4), 90, dtype=torch.uint8),
+]
+
+
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.25])
+def test_colour_map_is_that_of_torchvision(image, factor):
+    """Each factor alone within one step of rounding, where nothing is clipped."""
+    for place, theirs in enumerate((F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)):
+        factors = [1.0, 1.0, 1.0]
+        factors[place] = factor
+        expected = theirs(image, factor).int()
+        inside = (expected > 0) & (expected < 255)
+        assert ((distort_colours(image, *factors, 0.0).int() - expected).abs()[inside] <= 1).all()
+
+
+def test_two_factors_are_applied_one_after_the_other():
+    image = IMAGES[0]
+    once = distort_colours(image, 0.9, 0.7, 1.2, 0.02).int()
+    step = distort_colours(distort_colours(image, 1, 0.7, 1.2, 0), 0.9, 1, 1, 0.02).int()
+    assert (once - step).abs().max() <= 2
+
+
+@pytest.mark.parametrize("turn", [-0.05, 0.03, 0.05])
+def test_hue_turns_as_in_hsv_and_keeps_the_luma(turn):
+    hues = torch.arange(0, 1, 1 / 24)
+    colours = [colorsys.hsv_to_rgb(float(h), 0.5, 0.6) for h in hues]
+    image = (torch.tensor(colours).T[:, None] * 255).round().to(torch.uint8)
+    out = distort_colours(image, 1, 1, 1, turn)
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    assert ((out * weights).sum(0) - (image * weights).sum(0)).abs().max() < 1.5
+    got = torch.tensor([colorsys.rgb_to_hsv(*(pixel.tolist()))[0] for pixel in out[:, 0].T / 255])
+    moved = (got - hues + 0.5) % 1 - 0.5
+    assert (moved * turn > 0).all()  # the same direction everywhere
+    assert moved.mean() == pytest.approx(turn, abs=0.01)
+    grey = torch.full((3, 2, 2), 77, dtype=torch.uint8)
+    assert torch.equal(distort_colours(grey, 1, 1, 1, turn), grey)
 
 
 def test_chance_comes_from_torch_alone():

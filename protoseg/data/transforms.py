@@ -1,5 +1,7 @@
 """Joint augmentation of image and label for training: uint8 in, uint8 out, all chance from torch's RNG."""
 
+import math
+
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -7,6 +9,8 @@ from torchvision.transforms.v2 import functional as F
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: about zero after normalisation, so padding looks like nothing
 CROP_TRIES = 10
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
 class TrainTransform:
@@ -34,27 +38,17 @@ class TrainTransform:
         self.ignore_index = ignore_index
         self.scale = scale
         self.cat_max_ratio = cat_max_ratio
-        steps: list[torch.nn.Module] = [v2.RandomHorizontalFlip(flip)] if flip > 0 else []
-        if photometric:
-            # Each with probability one half, as in SSD (Liu et al., ECCV 2016) but without its channel swap:
-            # colour tells sky from road.
-            steps += [
-                v2.RandomApply([jitter], p=0.5)
-                for jitter in (
-                    v2.ColorJitter(brightness=0.125),
-                    v2.ColorJitter(contrast=0.5),
-                    v2.ColorJitter(saturation=0.5),
-                    v2.ColorJitter(hue=0.05),
-                )
-            ]
-        self.after = v2.Compose(steps) if steps else None
+        self.photometric = photometric
+        self.mirror = v2.RandomHorizontalFlip(flip)
 
     def __call__(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self.scale
         image, label = self._scale_and_crop(image, label, low + (high - low) * float(torch.rand(())))
-        if self.after is not None:
-            image, label = self.after(tv_tensors.Image(image), tv_tensors.Mask(label))
-        return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+        image, label = self.mirror(tv_tensors.Image(image), tv_tensors.Mask(label))
+        image, label = image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
+        if self.photometric:
+            image = distort_colours(image, *_random_distortion())
+        return image, label
 
     def _scale_and_crop(
         self, image: torch.Tensor, label: torch.Tensor, factor: float
@@ -85,6 +79,42 @@ class TrainTransform:
         counts = torch.bincount(label.flatten(), minlength=self.ignore_index + 1)
         counts[self.ignore_index] = 0
         return 0 < int(counts.max()) <= self.cat_max_ratio * int(counts.sum())
+
+
+def _random_distortion() -> tuple[float, float, float, float]:
+    """Factors of brightness, contrast, saturation and the turn of hue, each left out half of the time.
+
+    The ranges are those of SSD (Liu et al., ECCV 2016), without its channel swap: colour tells sky from road.
+    """
+    chosen = (torch.rand(4) < 0.5).float()
+    brightness, contrast, saturation, hue = (chosen * (2 * torch.rand(4) - 1)).tolist()
+    return 1 + 0.125 * brightness, 1 + 0.5 * contrast, 1 + 0.5 * saturation, 0.05 * hue
+
+
+def distort_colours(
+    image: torch.Tensor, brightness: float, contrast: float, saturation: float, hue: float
+) -> torch.Tensor:
+    """The four colour changes in one affine map of RGB, (3, H, W) uint8 → uint8.
+
+    Factors 1 and hue 0 (in turns) change nothing. The first three are those of torchvision's ColorJitter;
+    hue turns the chroma plane of YIQ, which for small turns is close to the turn of HSV. One pass instead of
+    four: about ten times as fast, and rounded once.
+    """
+    turn = -2 * math.pi * hue  # hue of HSV runs against the angle of (I, Q)
+    cos, sin = math.cos(turn), math.sin(turn)
+    rotation = torch.tensor([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    chroma = torch.linalg.inv(_YIQ) @ rotation @ _YIQ
+    grey = _LUMA.expand(3, 3)  # every channel becomes the luma
+    matrix = brightness * chroma @ (saturation * torch.eye(3) + (1 - saturation) * grey)
+    # Contrast is about the image's mean grey, which the grey-keeping maps only scale.
+    offset = brightness * (1 - contrast) * (_LUMA @ image.mean((1, 2), dtype=torch.float32))
+    changed = torch.empty_like(image)
+    # In strips: float copies of the whole image would be fresh memory, and its page faults cost the most.
+    rows = max(1, (1 << 16) // image.shape[2])
+    for part, target in zip(image.split(rows, dim=1), changed.split(rows, dim=1)):
+        colours = torch.addmm(offset.expand(3, 1), matrix, part.flatten(1).float(), alpha=contrast)
+        target.copy_(colours.add_(0.5).clamp_(0, 255).view(part.shape))
+    return changed
 
 
 def _below(count: int) -> int:
