@@ -82,6 +82,33 @@ class MLPHead(nn.Module):
         return self.dropout(relu(norm(sum_at_finest(maps, weights, bias)))), []
 
 
+class BranchMLPHead(nn.Module):
+    """The all-MLP head as mmsegmentation built it: BatchNorm and ReLU in each branch too, finest map first.
+
+    The 1×1 convolution over the concatenation is applied per map, see sum_at_finest.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        dim: int | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.dim, self.stride = dim or 256, strides[0]
+        self.branches = nn.ModuleList(conv_norm(c, self.dim, kernel=1) for c in channels)
+        self.fuse = conv_norm(len(channels) * self.dim, self.dim, kernel=1)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, maps: Sequence[Tensor]) -> Output:
+        conv, norm, relu = self.fuse
+        weights = conv.weight.flatten(1).chunk(len(maps), dim=1)
+        maps = [branch(x) for branch, x in zip(self.branches, maps)]
+        return self.dropout(relu(norm(sum_at_finest(maps, weights, None)))), []
+
+
 class HRNetHead(nn.Module):
     """HRNetV2's head: all maps at the finest size, concatenated, through a 1×1 convolution, BatchNorm, ReLU.
 
@@ -226,7 +253,14 @@ class OCRHead(nn.Module):
         return self.dropout(self.fuse(torch.cat([context, x], dim=1))), [coarse] if self.training else []
 
 
-HEADS = {"mlp": MLPHead, "fcn": FCNHead, "hrnet": HRNetHead, "aspp": ASPPHead, "ocr": OCRHead}
+HEADS = {
+    "mlp": MLPHead,
+    "mlp_branch": BranchMLPHead,
+    "fcn": FCNHead,
+    "hrnet": HRNetHead,
+    "aspp": ASPPHead,
+    "ocr": OCRHead,
+}
 
 
 def build_decode_head(
@@ -240,8 +274,9 @@ def build_decode_head(
 ) -> Any:
     """Build a decode head by its name in HEADS for a backbone's maps of these channels and strides.
 
-    dim: width of the embedding; None takes the original's: mlp 256 (but 768 for SegFormer-B2…B5 and Swin),
-    hrnet the sum of the channels, the others 512. dropout: the originals' is 0.1, and 0 on HRNet.
+    dim: width of the embedding; None takes the original's: mlp and mlp_branch 256 (mlp: 768 for
+    SegFormer-B2…B5 and Swin), hrnet the sum of the channels, the others 512.
+    dropout: the originals' is 0.1, and 0 on HRNet.
     num_classes is for auxiliary and region classifiers only.
     Errors: UserError for an unknown name, and for a head that needs two maps on a backbone with one.
     """

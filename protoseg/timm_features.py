@@ -43,7 +43,8 @@ class TimmFeatures(nn.Module):
             taps = sorted({(i + 1) * count // 4 - 1 for i in range(4)} & set(range(count)))
         else:
             taps = [i for i, s in enumerate(strides) if s >= 4 and s not in strides[i + 1 :]][-4:]
-        net: Any = timm.create_model(name, features_only=True, out_indices=tuple(taps), **options)
+        self.options = {"features_only": True, "out_indices": tuple(taps), **options}
+        net: Any = timm.create_model(name, **self.options)
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self.channels = list(net.feature_info.channels())
         self.net = net

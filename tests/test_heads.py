@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg.config import UserError
-from protoseg.heads import HEADS, HRNetHead, MLPHead, OCRHead, build_decode_head
+from protoseg.heads import HEADS, BranchMLPHead, HRNetHead, MLPHead, OCRHead, build_decode_head
 
 
 def pyramid(
@@ -45,16 +45,19 @@ def test_mlp_head_equals_the_plain_form(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_hrnet_head_equals_the_plain_form(training: bool) -> None:
-    def plain(head: HRNetHead, maps: list[Tensor]) -> Tensor:
+@pytest.mark.parametrize("name", ["hrnet", "mlp_branch"])
+def test_heads_that_fuse_by_a_1x1_convolution_equal_the_plain_form(name: str, training: bool) -> None:
+    def plain(head: HRNetHead | BranchMLPHead, maps: list[Tensor]) -> Tensor:
+        if isinstance(head, BranchMLPHead):
+            maps = [branch(x) for branch, x in zip(head.branches, maps)]
         size = maps[0].shape[2:]
         upsampled = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps]
         return head.fuse(torch.cat(upsampled, dim=1))
 
     torch.manual_seed(1)
     maps = pyramid([2, 4, 8], [(9, 13), (5, 7), (3, 4)], torch.double)
-    head = build_decode_head("hrnet", [2, 4, 8], [4, 8, 16], 3, dropout=0.0).double().train(training)
-    assert head.dim == 14
+    head = build_decode_head(name, [2, 4, 8], [4, 8, 16], 3, dropout=0.0).double().train(training)
+    assert head.dim == {"hrnet": 14, "mlp_branch": 256}[name]
     compare_with_plain_form(head, maps, plain)
 
 

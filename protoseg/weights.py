@@ -1,0 +1,299 @@
+"""Weights made by other programs: timm, torchvision, Hugging Face, mmsegmentation, the original releases.
+
+A file is read without running any code in it, its names are translated (weight_names.py), and each tensor is
+accounted for: loaded, missing in the file, or left over with a reason. A wrong shape is an error.
+"""
+
+import functools
+import json
+import logging
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from protoseg.backbones import Backbone, ResNet
+from protoseg.config import UserError
+from protoseg.distributed import is_main
+from protoseg.hrnet import HRNet
+from protoseg.mit import MixTransformer
+from protoseg.swin import SWINS, Swin
+from protoseg.timm_features import TimmFeatures
+from protoseg.weight_names import (
+    HRNET_FORMATS,
+    MIT_FORMATS,
+    RESNET_FORMATS,
+    SWIN_FORMATS,
+    Format,
+    join,
+    reason,
+    translate,
+)
+from protoseg.weight_names_heads import HEAD_FORMATS, OFFICIAL_RULES
+
+FORMATS: dict[type, tuple[Format, ...]] = {
+    MixTransformer: MIT_FORMATS,
+    ResNet: RESNET_FORMATS,
+    HRNet: HRNET_FORMATS,
+    Swin: SWIN_FORMATS,
+}
+# What may stand before a backbone's names, the part of a segmenter or of a wrapper.
+PREFIXES = ("", "backbone.", "segformer.", "resnet.", "swin.", "model.", "encoder.")
+NVIDIA = (
+    "licence: the Mix Transformer weights that NVIDIA published are for research and evaluation only, "
+    "not for commercial use"
+)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+Pieces = dict[str, list[tuple[str, Tensor]]]  # our name → what the file has for it
+
+
+@dataclass
+class Report:
+    """What one import did; `str` gives it as lines to print."""
+
+    path: str
+    program: str
+    matched: list[str] = field(default_factory=list)  # our names
+    missing: list[str] = field(default_factory=list)  # our names: they keep the values they had
+    unexpected: dict[str, str] = field(default_factory=dict)  # name in the file → why it was not used
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path} ({self.program}): {len(self.matched)} tensors loaded"]
+        if self.missing:
+            lines.append(f"not in the file, left as they were ({len(self.missing)}): {shorten(self.missing)}")
+        for why in sorted(set(self.unexpected.values())):
+            names = [name for name, w in self.unexpected.items() if w == why]
+            lines.append(f"not used, {why} ({len(names)}): {shorten(names)}")
+        return "\n".join(lines + self.notes)
+
+
+def shorten(names: Sequence[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f", … and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> Report | None:
+    """Load `weights` into a backbone built as `name`; in place, None for `none`.
+
+    weights: `none`; `timm` for timm's own pretrained ones (downloaded or cached); or the path of a .pth or
+    .safetensors file or of a Hugging Face folder, holding the backbone alone or a whole segmenter.
+    Errors: UserError where there is nothing to load, a tensor has another shape, or a file cannot be read.
+    """
+    if weights == "none":
+        return None
+    if isinstance(backbone.net, TimmFeatures):
+        return load_timm_features(backbone.net, name, weights)
+    state = timm_state(backbone, name) if weights == "timm" else read_state(Path(weights))
+    pieces, program = best(backbone, name, state, "")
+    report = fit(backbone, pieces, state, weights, program)
+    report.notes += epsilon_and_licence(backbone, program)
+    return report
+
+
+def load_segmenter_weights(model: Any, name: str, path: str) -> Report:
+    """Load a whole segmenter written by Hugging Face, mmsegmentation or the original SegFormer release.
+
+    model has `backbone` (built as `name`), `decode_head` and `classifier`, the linear one (a 1×1 convolution)
+    if the file's classifier is to be used.
+    Errors: as load_backbone_weights.
+    """
+    state = read_state(Path(path))
+    pieces, program = best(model.backbone, name, state, "backbone.")
+    formats = HEAD_FORMATS[type(model.decode_head).__name__]
+    known = model.state_dict().keys()
+    head = max((translate(f.rules, state) for f in formats), key=lambda found: len(found.keys() & known))
+    report = fit(model, pieces | head, state, path, program)
+    report.notes += epsilon_and_licence(model.backbone, program)
+    if not any(name.startswith("decode_head.") for name in report.matched):
+        report.notes.append(
+            f"nothing of the file fits the decode head {type(model.decode_head).__name__} "
+            "(mmsegmentation's SegFormer needs decode_head.name mlp_branch)"
+        )
+    return report
+
+
+def epsilon_and_licence(backbone: Backbone, program: str) -> list[str]:
+    """Set what a file of MiT weights does not say but means."""
+    if not isinstance(backbone.net, MixTransformer) or program == "protoseg":
+        return []
+    eps = next(f.norm_eps for f in MIT_FORMATS if f.program == program)
+    assert eps is not None
+    backbone.net.set_norm_eps(*eps)
+    print_licence()
+    return [f"LayerNorm epsilon set to {eps[0]:g} in embeddings and reductions, {eps[1]:g} elsewhere", NVIDIA]
+
+
+@functools.cache  # once per process
+def print_licence() -> None:
+    if is_main():
+        print(NVIDIA, file=sys.stderr)
+
+
+def best(backbone: Backbone, name: str, state: Mapping[str, Tensor], ours: str) -> tuple[Pieces, str]:
+    """The translation, over programs and prefixes, that knows most of the backbone; `ours` goes in front."""
+    known = backbone.state_dict().keys()
+    options: list[tuple[Pieces, str]] = []
+    for prefix in PREFIXES:
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        source = {key: prefix + key for key in part}
+        options.append(
+            ({key: [(prefix + key, value)] for key, value in part.items() if key in known}, "protoseg")
+        )
+        for form in FORMATS[type(backbone.net)]:
+            found = translate(form.rules, part)
+            found = {key: [(source[s], t) for s, t in pieces] for key, pieces in found.items()}
+            options.append((found, form.program))
+    pieces, program = max(options, key=lambda option: len(option[0].keys() & known))
+    if not pieces.keys() & known:
+        raise UserError(
+            f"none of the {len(state)} tensors (such as {shorten(list(state), 3)}) belongs to {name}: "
+            "check backbone.name and backbone.weights"
+        )
+    return {ours + key: value for key, value in pieces.items()}, program
+
+
+def fit(module: nn.Module, pieces: Pieces, state: Mapping[str, Tensor], path: str, program: str) -> Report:
+    """Copy what belongs to `module` into it and account for every tensor on both sides."""
+    target = module.state_dict()
+    report = Report(path, program)
+    used: dict[str, str] = {}
+    loaded = {}
+    for name, parts in pieces.items():
+        if name not in target:
+            used |= {source: f"{name} does not exist in this model" for source, _ in parts}
+            continue
+        tensor, sources = join(parts), " + ".join(source for source, _ in parts)
+        if tensor.ndim == target[name].ndim + 2 and tensor.shape[-2:] == (1, 1):
+            tensor = tensor.flatten(-3)  # a linear layer stored as a 1×1 convolution
+        if tensor.shape != target[name].shape:
+            raise UserError(
+                f"{path}: {sources} has shape {tuple(tensor.shape)}, "
+                f"{name} needs {tuple(target[name].shape)}: "
+                "the file is of another architecture, size or number of classes"
+            )
+        loaded[name] = tensor
+        used |= {source: "" for source, _ in parts}
+    module.load_state_dict(loaded, strict=False)
+    report.matched = list(loaded)
+    # num_batches_tracked is read by nobody here, and old files do not have it.
+    skip = ("num_batches_tracked", "_extra_state")
+    report.missing = [key for key in target if key not in loaded and not key.endswith(skip)]
+    report.unexpected = {key: used.get(key) or reason(key) for key in state if used.get(key) != ""}
+    return report
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file or Hugging Face folder by name, without DataParallel's `module.`.
+
+    Errors: UserError for a missing, unreadable or unsafe file, and for one without tensors.
+    """
+    if path.is_dir():
+        state: dict[str, Any] = {}
+        for file in folder_files(path):
+            state |= read_state(file)
+        return state
+    if not path.is_file():
+        raise UserError(f"backbone.weights: no file or folder {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and is not opened: save its state_dict alone where it comes from"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is it complete?") from error
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = (
+        {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    )
+    if not tensors:
+        raise UserError(f"{path} holds no named tensors")
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def folder_files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = json.loads(index.read_text())["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    raise UserError(f"backbone.weights: {folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def official_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The released ProtoSeg HRNet-W48's tensors under our names, and the rest with the reason."""
+    found = translate(OFFICIAL_RULES, state)
+    used = {source for pieces in found.values() for source, _ in pieces}
+    left = {key: reason(key) for key in state if key not in used}
+    for key in left:
+        twin = key.replace("proj_head.mlp2.", "proj_head.proj.")
+        if twin != key and twin in state and torch.equal(state[key], state[twin]):
+            left[key] = f"stored twice, equal to {twin}"
+    return {name: join(pieces) for name, pieces in found.items()}, left
+
+
+def timm_state(backbone: Backbone, name: str) -> dict[str, Tensor]:
+    """timm's pretrained classification network of the same name."""
+    if isinstance(backbone.net, MixTransformer):
+        raise UserError(f"backbone.weights timm: timm has no {name}; give the path of a file")
+    return timm_pretrained(SWINS.get(name, name), {}).state_dict()
+
+
+def timm_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"backbone.weights: timm cannot give weights for {name} ({first}); give a path"
+        ) from error
+
+
+def load_timm_features(net: TimmFeatures, name: str, weights: str) -> Report:
+    """timm's own loader, which knows each network's foreign formats; what it left out, from its log."""
+    options: dict[str, Any] = dict(net.options)
+    if weights != "timm":
+        options["pretrained_cfg_overlay"] = {"state_dict": read_state(Path(weights))}
+    said = Collector(logging.INFO)
+    logger = logging.getLogger("timm.models._builder")
+    level = logger.level
+    logger.addHandler(said)
+    logger.setLevel(logging.INFO)
+    try:
+        loaded: Any = timm_pretrained(name.removeprefix("timm:"), options)
+    finally:
+        logger.removeHandler(said)
+        logger.setLevel(level)
+    net.net.load_state_dict(loaded.state_dict())
+    report = Report(weights, "timm", matched=list(loaded.state_dict()))
+    report.notes = [line for line in said.lines if "keys" in line]
+    config = loaded.pretrained_cfg
+    if (tuple(config["mean"]), tuple(config["std"])) != IMAGENET:
+        report.notes.append(
+            f"trained with mean {config['mean']} and std {config['std']}, not ImageNet's used here"
+        )
+    return report
+
+
+class Collector(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
