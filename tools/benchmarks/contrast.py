@@ -9,6 +9,7 @@ step: seconds per iteration (forward, backward, SGD) of one model with and witho
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -91,6 +92,17 @@ class LoopMemory:
         return torch.cat(rows)
 
 
+def enqueue_(memory: PixelMemory, emb: Tensor, class_BP: Tensor, indices: Tensor) -> None:
+    """Ours, with the keys that it needs."""
+    memory.enqueue_(emb, class_BP, pixel_keys(class_BP, indices, 0, 0, 0), indices)
+
+
+def draw_anchors(class_BP: Tensor, wrong_BP: Tensor, indices: Tensor, classes: int) -> None:
+    """Ours, with the keys that it needs."""
+    keys = [pixel_keys(class_BP, indices, 0, 0, salt) for salt in (0, 1)]
+    select_anchors(class_BP, wrong_BP, keys[0], keys[1], classes, 50, "seg_hard")
+
+
 def draws(repeats: int) -> Table:
     """Vectorised and looped, on the CPU: 4 maps of 64x64 pixels, 256 channels, 150 classes, in 8x8 blocks."""
     classes, batch, size, dim, images = 150, 4, 64, 256, 1000
@@ -98,7 +110,6 @@ def draws(repeats: int) -> Table:
     torch.manual_seed(0)
     memory = PixelMemory(dim, classes, images)
     fill_(memory)
-    loops = LoopMemory(memory)
     emb = F.normalize(torch.randn(batch, size * size, dim), dim=2)
     table = Table("labels", "part", "loops (ms)", "ours (ms)", "ratio")
     for name, block in (("every pixel its own", 1), ("blocks of 8x8", 8)):
@@ -108,29 +119,28 @@ def draws(repeats: int) -> Table:
         indices = torch.arange(batch)
         class_BP = class_map(labels, classes, 255)
 
-        def keys(salt: int, class_BP: Tensor = class_BP, indices: Tensor = indices) -> Tensor:
-            return pixel_keys(class_BP, indices, 0, 0, salt)
-
+        keys = partial(pixel_keys, class_BP, indices, 0, 0)
+        work = LoopMemory(memory)
         parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "enqueue": (
-                lambda c=class_BP: loops.enqueue(emb, c, list(range(batch)), 10),
-                lambda c=class_BP, i=indices: memory.enqueue_(emb, c, keys(0), i),
+                partial(work.enqueue, emb, class_BP, list(range(batch)), 10),
+                partial(enqueue_, memory, emb, class_BP, indices),
             ),
             "anchors": (
-                lambda c=class_BP, w=wrong: loops.anchors(c, w, 50),
-                lambda c=class_BP, w=wrong: select_anchors(c, w, keys(0), keys(1), classes, 50, "seg_hard"),
+                partial(work.anchors, class_BP, wrong, 50),
+                partial(draw_anchors, class_BP, wrong, indices, classes),
             ),
             "pool": (
-                lambda c=class_BP: loops.pool(emb, c, 54),
-                lambda c=class_BP: balanced_pool(emb, c, keys(0), classes, 54, memory, 0, 0),
+                partial(work.pool, emb, class_BP, 54),
+                partial(balanced_pool, emb, class_BP, keys(0), classes, 54, memory, 0, 0),
             ),
         }
         sums = [0.0, 0.0]
         for part, pair in parts.items():
-            for work in pair:
-                work()
-            times = [median(seconds(work, device) for _ in range(repeats)) for work in pair]
-            sums = [total + each for total, each in zip(sums, times)]
+            for each in pair:
+                each()
+            times = [median(seconds(each, device) for _ in range(repeats)) for each in pair]
+            sums = [total + taken for total, taken in zip(sums, times)]
             table.add_row(name, part, *(f"{each * 1e3:.1f}" for each in times), f"{times[0] / times[1]:.1f}")
         table.add_row(name, "all", *(f"{each * 1e3:.1f}" for each in sums), f"{sums[0] / sums[1]:.1f}")
     return table
@@ -146,7 +156,6 @@ class Model(nn.Module):
         channels, strides = self.backbone.channels, self.backbone.strides
         self.head = build_decode_head(head, channels, strides, classes, dim=dim)
         self.classifier = nn.Conv2d(self.head.dim, classes, 1)
-        # the projection takes what the decode head gives: for HRNet a map of the same width as the concatenation
         self.projection = ProjectionHead(self.head.dim)
 
 
@@ -167,8 +176,15 @@ def step_table(args: argparse.Namespace) -> Table:
         labels = torch.randint(0, classes, (args.batch, height // 16, width // 16), device=device)
         labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
 
-        def iteration(step: int, used: bool, model=model, contrast=contrast, image=image, labels=labels,
-                      optimizer=optimizer) -> None:  # fmt: skip
+        def iteration(
+            step: int,
+            used: bool,
+            model: Model = model,
+            contrast: PixelContrast = contrast,
+            image: Tensor = image,
+            labels: Tensor = labels,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> None:
             features = model.head(model.backbone(image))[0]
             logits = model.classifier(features)
             full = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
@@ -187,7 +203,7 @@ def step_table(args: argparse.Namespace) -> Table:
         times: dict[bool, list[float]] = {False: [], True: []}
         for step in range(args.repeats + 2):
             for used in (False, True):
-                taken = seconds(lambda s=step, u=used: iteration(s, u), device)
+                taken = seconds(partial(iteration, step, used), device)
                 if step >= 2:
                     times[used].append(taken)
         without, with_it = median(times[False]), median(times[True])
