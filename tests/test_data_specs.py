@@ -30,9 +30,9 @@ def write_list(path: Path, *stems: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"folder"}))
 def test_lists_are_complete(name):
     spec = DATASETS[name]
-    assert len(spec.classes) == len(spec.palette) == len(set(spec.classes))
+    assert len(spec.classes) == len(spec.colours) == len(set(spec.classes))
     assert all(entry and entry == entry.strip() for entry in spec.classes)
-    assert all(len(colour) == 3 and 0 <= min(colour) <= max(colour) <= 255 for colour in spec.palette)
+    assert all(len(colour) == 3 and 0 <= min(colour) <= max(colour) <= 255 for colour in spec.colours)
     if spec.label_map is not None:
         targets = [target for target in spec.label_map.values() if target != "ignore"]
         assert set(targets) == set(range(len(spec.classes)))
@@ -50,6 +50,8 @@ def test_lists_are_complete(name):
         ("cocostuff10k", 171, {24: "backpack", 118: "light", 129: "pillow"}),
         ("pcontext", 59, {0: "aeroplane", 35: "mouse", 54: "tvmonitor", 58: "wood"}),
         ("pcontext60", 60, {0: "background", 1: "aeroplane", 59: "wood"}),
+        ("ade20k_full_847", 847, {0: "wall", 149: "washer", 499: "windshield", 846: "adding machine"}),
+        ("ade20k_full_300", 300, {299: "coffee maker"}),
         ("voc", 21, {0: "background", 11: "diningtable", 15: "person", 20: "tvmonitor"}),
     ],
 )
@@ -166,3 +168,34 @@ def test_broken_mat_file_is_named(tmp_path):
     write(tmp_path / "annotations/a.mat", np.zeros((2, 3)), field="T")
     with pytest.raises(UserError, match=r"a.mat: cannot read this label"):
         build_dataset("cocostuff10k", root=tmp_path, split="train").read(0)
+
+
+def ade20k_colours(ids: np.ndarray) -> np.ndarray:
+    """The encoding of *_seg.png: ten times the high part of the id in red, the low part in green."""
+    instances = np.arange(ids.size).reshape(ids.shape) % 7
+    return np.stack([ids // 256 * 10, ids % 256, instances], -1).astype(np.uint8)
+
+
+def test_full_ade20k_as_released(tmp_path):
+    folder = tmp_path / "images/ADE/training/urban/street"
+    write(folder / "ADE_train_00016869.jpg", COLOUR)
+    # object ids: 2978 wall, 312 building, 3148 adding machine (the last of 847), 206 blanket (the 151st)
+    ids = np.array([[2978, 312, 0], [3148, 206, 1]])
+    write(folder / "ADE_train_00016869_seg.png", ade20k_colours(ids))
+    write(folder / "ADE_train_00016869_parts_1.png", ade20k_colours(ids))
+    write(folder / "ADE_train_00016869/instance_000_ADE_train_00016869.png", ids.astype(np.uint8))
+    data = build_dataset("ade20k_full_847", root=tmp_path, split="train")
+    assert [data.name(i) for i in range(len(data))] == ["urban/street/ADE_train_00016869"]
+    assert data.read(0)[1].tolist() == [[0, 1, 65535], [846, 150, 65535]]
+    few = build_dataset("ade20k_full_150", root=tmp_path, split="train")
+    assert few.read(0)[1].tolist() == [[0, 1, 65535], [65535, 65535, 65535]]
+
+
+def test_full_ade20k_as_16_bit_tiff(tmp_path):
+    write(tmp_path / "images_detectron2/validation/ADE_val_00000001.jpg", COLOUR)
+    ids = np.array([[0, 1, 846], [65535, 299, 300]], dtype=np.uint16)
+    write(tmp_path / "annotations_detectron2/validation/ADE_val_00000001.tif", ids)
+    data = build_dataset("ade20k_full_847_tif", root=tmp_path, split="val")
+    assert data.read(0)[1].tolist() == ids.tolist()
+    few = build_dataset("ade20k_full_300_tif", root=tmp_path, split="val")
+    assert few.read(0)[1].tolist() == [[0, 1, 65535], [65535, 299, 65535]]

@@ -115,7 +115,7 @@ def check_dataset(
                 on_progress(len(facts), len(pairs))
 
     ids = LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
-    findings += diagnose(facts, ids, spec.classes, spec.palette)
+    findings += diagnose(facts, ids, spec.classes, spec.colours)
     training = [f for f in facts if f.split in splits[0].split("+")]
     pixels, holders, extent, ignored = class_table(training, ids, len(spec.classes))
     absent = [entry for entry, count in zip(spec.classes, pixels) if not count]

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from protoseg.config import UserError
+from protoseg.data import ade20k_full, digits
 from protoseg.data import classes as lists
-from protoseg.data import digits
-from protoseg.data.decode import read_label_ids, read_mat_ids
+from protoseg.data.decode import read_ade20k_ids, read_label_ids, read_mat_ids
 from protoseg.data.files import Dataset, FileDataset, Palette, ReadIds
 from protoseg.data.label_ids import IGNORE, LabelIds, LabelMap
 from protoseg.data.pairing import Split, check_pairing, pair_files, read_excluded
@@ -16,7 +16,10 @@ from protoseg.data.palette import default_palette
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """All that sets one dataset apart. `label_map` None means that ids in the files are class ids."""
+    """All that sets one dataset apart.
+
+    `palette` empty means the default colours, `label_map` None that ids in the files are class ids.
+    """
 
     classes: tuple[str, ...]
     palette: Palette
@@ -25,6 +28,10 @@ class DatasetSpec:
     ignore_index: int = 255
     label_map: LabelMap | None = field(default=None, repr=False)
     read_ids: ReadIds = read_label_ids
+
+    @property
+    def colours(self) -> Palette:
+        return self.palette or default_palette(len(self.classes))
 
 
 def _folder_split(split: str) -> Split:
@@ -57,8 +64,7 @@ _CITYSCAPES_HOME = (
 _COCOSTUFF_HOME = "https://github.com/nightrome/cocostuff"
 _COCOSTUFF10K_HOME = "https://github.com/nightrome/cocostuff10k (cocostuff-10k-v1.1.zip)"
 _PCONTEXT_HOME = "https://cs.stanford.edu/~roozbeh/pascal-context and PASCAL VOC 2010"
-_COCOSTUFF_PALETTE = default_palette(len(lists.COCOSTUFF_CLASSES))
-_PCONTEXT_PALETTE = default_palette(len(lists.PCONTEXT_CLASSES))
+_ADE20K_FULL_HOME = "https://groups.csail.mit.edu/vision/datasets/ADE20K (full dataset, ADE20K_2021_17_01)"
 
 # The source of each class list stands beside it in classes.py; here: the file tree, and what 0 and void mean.
 DATASETS: dict[str, DatasetSpec] = {
@@ -94,7 +100,7 @@ DATASETS: dict[str, DatasetSpec] = {
     # stuffthingmaps: id - 1 is stored, 255 is unlabeled (README of the dataset, "Caffe-compatible ... maps").
     "cocostuff164k": DatasetSpec(
         lists.COCOSTUFF_CLASSES,
-        _COCOSTUFF_PALETTE,
+        (),
         {split: _cocostuff164k(split) for split in ("train", "val")},
         f"{_COCOSTUFF_HOME} (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
         label_map=_map([i - 1 for i in lists.COCOSTUFF_IDS], []),
@@ -102,7 +108,7 @@ DATASETS: dict[str, DatasetSpec] = {
     # The released .mat files, version 1.1: field S, 0 is unlabeled.
     "cocostuff10k": DatasetSpec(
         lists.COCOSTUFF_CLASSES,
-        _COCOSTUFF_PALETTE,
+        (),
         {
             split: Split("images", "annotations", (".jpg",), (".mat",), listed=f"imageLists/{split}.txt")
             for split in ("train", "test")
@@ -114,7 +120,7 @@ DATASETS: dict[str, DatasetSpec] = {
     # The same as PNG, as mmsegmentation converts it: 0 is unlabeled, 1-171 are the classes.
     "cocostuff10k_png": DatasetSpec(
         lists.COCOSTUFF_CLASSES,
-        _COCOSTUFF_PALETTE,
+        (),
         {
             split: Split(
                 f"images/{split}2014", f"annotations/{split}2014", (".jpg",), ("_labelTrainIds.png",)
@@ -127,7 +133,7 @@ DATASETS: dict[str, DatasetSpec] = {
     # VOCdevkit/VOC2010 with the released trainval/*.mat beside JPEGImages: field LabelMap, 459 classes.
     "pcontext": DatasetSpec(
         lists.PCONTEXT_CLASSES,
-        _PCONTEXT_PALETTE,
+        (),
         {split: _voc("trainval", ".mat", split, "Main") for split in ("train", "val")},
         _PCONTEXT_HOME,
         label_map=_map(lists.PCONTEXT_IDS, range(460)),
@@ -136,7 +142,7 @@ DATASETS: dict[str, DatasetSpec] = {
     # The same as PNG: 0 is everything else, 1-59 are the classes.
     "pcontext_png": DatasetSpec(
         lists.PCONTEXT_CLASSES,
-        _PCONTEXT_PALETTE,
+        (),
         {
             split: _voc("SegmentationClassContext", ".png", split, "SegmentationContext")
             for split in ("train", "val")
@@ -161,10 +167,37 @@ for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th cla
     DATASETS[_name.replace("pcontext", "pcontext60")] = replace(
         _spec,
         classes=("background", *_spec.classes),
-        palette=((0, 0, 0), *_spec.palette),
         label_map={
             raw: 0 if target == IGNORE else int(target) + 1 for raw, target in (_spec.label_map or {}).items()
         },
+    )
+for _count in (150, 300, 500, 700, 847):  # the most frequent classes; the others are ignored
+    # The release: red and green of *_seg.png beside each image are the object id. Root: ADE20K_2021_17_01.
+    DATASETS[f"ade20k_full_{_count}"] = DatasetSpec(
+        ade20k_full.CLASSES[:_count],
+        (),
+        {
+            split: Split(f"images/ADE/{folder}", f"images/ADE/{folder}", (".jpg",), ("_seg.png",))
+            for split, folder in (("train", "training"), ("val", "validation"))
+        },
+        _ADE20K_FULL_HOME,
+        ignore_index=65535,
+        label_map=_map(ade20k_full.IDS[:_count], range(ade20k_full.HIGHEST_ID + 1)),
+        read_ids=read_ade20k_ids,
+    )
+    # As MaskFormer's script converts it (shorter side 512 at most): 16-bit TIFF, class ids, 65535 is void.
+    DATASETS[f"ade20k_full_{_count}_tif"] = DatasetSpec(
+        ade20k_full.CLASSES[:_count],
+        (),
+        {
+            split: Split(
+                f"images_detectron2/{folder}", f"annotations_detectron2/{folder}", (".jpg",), (".tif",)
+            )
+            for split, folder in (("train", "training"), ("val", "validation"))
+        },
+        _ADE20K_FULL_HOME,
+        ignore_index=65535,
+        label_map=_map(range(_count), range(847)),
     )
 
 
@@ -201,7 +234,7 @@ def build_dataset(
         prefix = f"{part}/" if "+" in split else ""
         files |= {prefix + stem: pair for stem, pair in pairing.pairs.items()}
     ids = LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
-    return FileDataset(files, spec.classes, spec.palette, ids, spec.read_ids)
+    return FileDataset(files, spec.classes, spec.colours, ids, spec.read_ids)
 
 
 def class_names(name: str, classes: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -119,6 +119,9 @@ class Digits:
             part[cover > _INSIDE] = digits[which]
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
 
+    def label(self, index: int) -> torch.Tensor:
+        return self.read(index)[1]
+
 
 def _photo_crop(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
     photos = _photos()

@@ -30,6 +30,9 @@ class Dataset(Protocol):
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (3, H, W) uint8 RGB and label (H, W) of class ids and `ignore_index`, uint8 or int32."""
 
+    def label(self, index: int) -> torch.Tensor:
+        """The label alone, without decoding the image."""
+
 
 class FileDataset:
     """Pairs of an image and a label file, read on demand. `files[i]` are the two paths of sample i."""
@@ -58,10 +61,13 @@ class FileDataset:
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image_file, label_file = self.files[index]
-        image = read_image(image_file)
-        label = self._ids.to_classes(self._read_ids(label_file), label_file)
+        image, label = read_image(image_file), self.label(index)
         check_sizes(image.shape[1:], label.shape, image_file, label_file)
-        return image, torch.from_numpy(label)
+        return image, label
+
+    def label(self, index: int) -> torch.Tensor:
+        label_file = self.files[index][1]
+        return torch.from_numpy(self._ids.to_classes(self._read_ids(label_file), label_file))
 
 
 def check_sizes(image: tuple[int, ...], label: tuple[int, ...], image_file: Path, label_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from protoseg.config import UserError
-from protoseg.data.datasets import Dataset
+from protoseg.data.files import Dataset
+from protoseg.data.sampling import EpochOrder, count_classes, rare_class_order, uniform_order
 
 Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-Key = tuple[int, int]  # epoch, dataset index
+Key = tuple[int, int, int]  # epoch, dataset index, how often the epoch has had it before
 SKIP_TRIES = 20
 
 
@@ -42,23 +44,31 @@ class _Sample(NamedTuple):
 class BatchOrder(Sampler[list[Key]]):
     """Keys of the batches start … iterations−1 for one rank.
 
-    The stream is one permutation per epoch, end to end; batch i takes positions i·B … (i+1)·B−1 of it and
-    rank r the r-th contiguous part of the batch.
+    The stream is one order per epoch, end to end; batch i takes positions i·B … (i+1)·B−1 of it and rank r
+    the r-th contiguous part of the batch.
     """
 
     def __init__(
-        self, length: int, batch_size: int, iterations: int, start: int, seed: int, rank: int, world_size: int
+        self,
+        order: EpochOrder,
+        length: int,
+        *,
+        batch_size: int,
+        iterations: int,
+        start: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         if batch_size % world_size:
             raise UserError(
                 f"train.batch_size: {batch_size} does not divide by {world_size} processes; "
                 f"use {batch_size // world_size * world_size or world_size}"
             )
-        self.length, self.seed = length, seed
+        self.order, self.length = order, length
         self.batch_size, self.iterations, self.start = batch_size, iterations, start
         self.share = batch_size // world_size
         self.offset = rank * self.share
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch, self._keys = -1, [(0, 0, 0)]
 
     def __len__(self) -> int:
         return max(0, self.iterations - self.start)
@@ -71,9 +81,12 @@ class BatchOrder(Sampler[list[Key]]):
     def _key(self, position: int) -> Key:
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-        return epoch, int(self._order[place])
+            before: Counter[int] = Counter()
+            self._epoch, self._keys = epoch, []
+            for index in self.order(epoch).tolist():
+                self._keys.append((epoch, index, before[index]))
+                before[index] += 1
+        return self._keys[place]
 
 
 class _Augmented(TorchDataset):
@@ -83,7 +96,7 @@ class _Augmented(TorchDataset):
         self.dataset, self.transform, self.seed, self.skip = dataset, transform, seed, skip
 
     def __getitem__(self, key: Key) -> "_Sample | _Bad":
-        epoch, index = key
+        epoch, index, repeat = key
         skipped: list[str] = []
         for _ in range(SKIP_TRIES if self.skip else 1):
             try:
@@ -92,7 +105,7 @@ class _Augmented(TorchDataset):
                 skipped.append(str(error))
                 index = (index + 1) % len(self.dataset)
                 continue
-            state = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)
+            state = np.random.SeedSequence((self.seed, epoch, index, repeat)).generate_state(1, np.uint64)
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(int(state[0]))
                 image, label = self.transform(image, label)
@@ -126,17 +139,33 @@ def train_loader(
     world_size: int = 1,
     workers: int = 2,
     on_error: str = "raise",
+    rare_class_temperature: float | None = None,
 ) -> Iterator[Batch]:
     """The batches start … iterations−1 of a run, this rank's share of each.
 
     `batch_size` is global, over all ranks. `transform(image, label)` must return one size and take all chance
     from torch's global RNG, which is seeded by (seed, epoch, index) for each sample and left as it was.
+    `rare_class_temperature` (0.01 in DAFormer) visits rare classes more often; it reads all labels first.
     `on_error`: "raise" passes on the UserError of an unreadable sample, "skip" takes the next readable sample
     instead and warns once per file. A batch size that does not divide by the ranks is a UserError.
     """
     if on_error not in ("raise", "skip"):
         raise UserError(f"data.on_error: '{on_error}' is not known; use raise or skip")
-    order = BatchOrder(len(dataset), batch_size, iterations, start, seed, rank, world_size)
+    if rare_class_temperature is None:
+        epoch_order = uniform_order(len(dataset), seed)
+    else:
+        epoch_order = rare_class_order(
+            count_classes(dataset, on_error == "skip"), rare_class_temperature, seed
+        )
+    order = BatchOrder(
+        epoch_order,
+        len(dataset),
+        batch_size=batch_size,
+        iterations=iterations,
+        start=start,
+        rank=rank,
+        world_size=world_size,
+    )
     loader: DataLoader = DataLoader(
         _Augmented(dataset, transform, seed, on_error == "skip"),
         batch_sampler=order,
