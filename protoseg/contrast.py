@@ -40,7 +40,7 @@ from protoseg.sampling import (
 
 MODES = ("intra_image", "batch", "memory")
 SIMILARITIES_AT_ONCE = 1 << 24  # anchors are scored in chunks of so many similarities (64 MB in float32)
-UNIFORMITY_ROWS = 512
+UNIFORMITY_ROWS = 256
 
 Project = Callable[[Tensor], Tensor]
 
@@ -58,8 +58,11 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         # channels last, in memory too: the memories and the pool take whole rows of D numbers
-        emb_BhwD = self.out(F.relu(self.hidden(features.permute(0, 2, 3, 1))))
-        return F.normalize(full_precision(emb_BhwD), dim=3).permute(0, 3, 1, 2)
+        batch, _, height, width = features.shape
+        rows_NF = features.permute(0, 2, 3, 1).flatten(0, 2)
+        emb_ND = full_precision(self.out(F.relu(self.hidden(rows_NF))))
+        emb_ND = emb_ND * emb_ND.norm(dim=1, keepdim=True).clamp(min=1e-12).reciprocal()
+        return emb_ND.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class ContrastOutput(NamedTuple):
