@@ -232,6 +232,14 @@ def test_exclude_takes_both_files(tree, tmp_path):
         folder(tree, exclude=tmp_path / "nowhere")
 
 
+def test_linked_folders_are_followed(tree, tmp_path):
+    for part in ("images", "labels"):
+        (tree / part / "linked").mkdir()
+        (tree / part / "linked" / "town").symlink_to(tree / part / "val")
+    data = folder(tree, "linked")
+    assert [data.name(i) for i in range(len(data))] == ["town/val0", "town/val1"]
+
+
 def test_hidden_and_foreign_files_are_left_alone(tree):
     (tree / "images/train/._train0.png").write_bytes(b"junk of a file system")
     (tree / "images/train/Thumbs.db").write_bytes(b"junk")

@@ -1,5 +1,6 @@
 """Which image file goes with which label file."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,16 +59,19 @@ def pair_files(root: Path, where: Split, homepage: str, excluded: frozenset[Path
 
 
 def _stems(folder: Path, endings: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Files with one of the endings, by their path below `folder` without it. Links to folders are followed."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        below = path.relative_to(folder).as_posix()
-        ending = next((e for e in endings if below.lower().endswith(e.lower())), None)
-        if ending is None or path.name.startswith(".") or path.name.endswith(others):
-            continue
-        stem = below[: -len(ending)]
-        if stem in found:
-            raise UserError(f"{path}: has the same stem as {found[stem].name}; keep one of the two")
-        found[stem] = path
+    for place, _, names in os.walk(folder, followlinks=True):
+        below = Path(place).relative_to(folder).as_posix() + "/" if place != str(folder) else ""
+        for name in names:
+            ending = next((e for e in endings if name.lower().endswith(e.lower())), None)
+            if ending is None or name.startswith(".") or name.endswith(others):
+                continue
+            stem = below + name[: -len(ending)]
+            if stem in found:
+                first, second = sorted((found[stem].name, name))
+                raise UserError(f"{Path(place, second)}: has the same stem as {first}; keep one of the two")
+            found[stem] = Path(place, name)
     return found
 
 
