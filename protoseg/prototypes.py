@@ -24,7 +24,7 @@ from protoseg.clustering import (
     spread_prototypes,
 )
 from protoseg.losses import ppc_loss, ppd_loss
-from protoseg.scores import class_scores, prototype_scores, unit
+from protoseg.scores import class_scores, prototype_scores, unit, unit_rows
 
 __all__ = [
     "Health",
@@ -290,8 +290,7 @@ class PrototypeHead(nn.Module):
             raise ValueError(
                 f"PrototypeHead: features must be (B, {self.dim}, h, w), got {tuple(features.shape)}"
             )
-        rows = features.permute(0, 2, 3, 1).reshape(-1, self.dim)
-        return unit(rows)
+        return unit_rows(features)
 
     def _valid_labels(self, features: Tensor, labels: Tensor, only_initialized: bool = True) -> Tensor:
         """Labels (N,), −1 for pixels that take no part."""
@@ -311,17 +310,21 @@ class PrototypeHead(nn.Module):
     def _logits(self, scores_NC: Tensor, features: Tensor) -> Tensor:
         """Scores (N, C) scaled or normalised, as a map (B, C, h, w)."""
         batch, _, height, width = features.shape
-        live_C = self.initialized
+        scores_CN = scores_NC.t()  # this is how they lie in memory
+        live_C1 = self.initialized[:, None]
+        shown_C1 = live_C1.to(scores_CN.dtype)
         if self.score_norm == "layer_norm":
             # Over the live classes only; the published code has LayerNorm here.
-            count = live_C.sum().clamp(min=1)
-            centred_NC = scores_NC - torch.where(live_C, scores_NC, 0).sum(1, keepdim=True) / count
-            variance_N1 = torch.where(live_C, centred_NC.square(), 0).sum(1, keepdim=True) / count
-            scores_NC = centred_NC * (variance_N1 + 1e-5).rsqrt() * self.norm_weight + self.norm_bias
+            count = shown_C1.sum().clamp(min=1)
+            centred_CN = scores_CN - (scores_CN * shown_C1).sum(0) / count
+            variance_N = (centred_CN * shown_C1).square().sum(0) / count
+            scores_CN = centred_CN * (variance_N + 1e-5).rsqrt() * self.norm_weight[:, None]
+            fill_C1 = torch.where(live_C1, self.norm_bias[:, None], NOT_LIVE)
         else:
-            scores_NC = scores_NC * self.logit_scale
-        logits_NC = scores_NC.masked_fill(~live_C, NOT_LIVE)
-        return logits_NC.view(batch, height, width, -1).permute(0, 3, 1, 2)
+            shown_C1 = shown_C1 * self.logit_scale
+            fill_C1 = NOT_LIVE * (~live_C1).to(scores_CN.dtype)
+        logits_CN = torch.addcmul(fill_C1.to(scores_CN.dtype), scores_CN, shown_C1)
+        return logits_CN.view(-1, batch, height, width).transpose(0, 1)
 
     def _default_scale(self, labelled_N: Tensor) -> Tensor:
         count = labelled_N.sum().double()
