@@ -10,6 +10,7 @@ from scipy.io import savemat
 from protoseg.config import UserError
 from protoseg.data import DATASETS, build_dataset
 from protoseg.data.label_ids import export_ids
+from protoseg.data.prepare import prepare_ade20k_full
 
 COLOUR = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
 
@@ -199,3 +200,40 @@ def test_full_ade20k_as_16_bit_tiff(tmp_path):
     assert data.read(0)[1].tolist() == ids.tolist()
     few = build_dataset("ade20k_full_300_tif", root=tmp_path, split="val")
     assert few.read(0)[1].tolist() == [[0, 1, 65535], [65535, 299, 65535]]
+
+
+def test_prepare_full_ade20k(tmp_path):
+    rng = np.random.default_rng(0)
+    raw_ids = np.array([2978, 312, 3148, 1])
+    for split, place, size in (
+        ("training", "urban/street/ADE_train_00000001", (520, 1040)),
+        ("validation", "outliers/ADE_val_00000002", (30, 40)),
+    ):
+        blocks = rng.integers(0, 4, (size[0] // 10, size[1] // 10)).repeat(10, 0).repeat(10, 1)
+        write(
+            tmp_path / f"images/ADE/{split}/{place}.jpg", (blocks[..., None] * [60, 50, 40]).astype(np.uint8)
+        )
+        write(tmp_path / f"images/ADE/{split}/{place}_seg.png", ade20k_colours(raw_ids[blocks]))
+    calls: list[tuple[int, int]] = []
+    assert prepare_ade20k_full(tmp_path, on_progress=lambda *now: calls.append(now)) == 2
+    assert calls == [(1, 2), (2, 2)]
+    for split, size in (("train", (512, 1024)), ("val", (30, 40))):
+        image, label = build_dataset("ade20k_full_847_tif", root=tmp_path, split=split).read(0)
+        assert label.shape == size
+        # ids as in the release, at the pixel under each centre of the new grid
+        raw = build_dataset("ade20k_full_847", root=tmp_path, split=split).read(0)[1]
+        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, raw.shape))
+        assert np.array_equal(label, raw[rows][:, columns])
+        level = {0: 0, 1: 60, 846: 120, 65535: 180}
+        expected = np.vectorize(level.get)(label.numpy())
+        assert (np.abs(image[0].numpy() - expected) < 12).mean() > 0.8
+    assert prepare_ade20k_full(tmp_path) == 0
+    written = tmp_path / "annotations_detectron2/training/ADE_train_00000001.tif"
+    before = written.read_bytes()
+    written.unlink()
+    assert prepare_ade20k_full(tmp_path) == 1
+    assert written.read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+    (tmp_path / "images/ADE/validation/outliers/ADE_val_00000002_seg.png").unlink()
+    with pytest.raises(UserError, match=r"1 image.s. without label .*ADE_val_00000002.jpg"):
+        prepare_ade20k_full(tmp_path)

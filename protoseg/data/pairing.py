@@ -59,7 +59,7 @@ def pair_files(root: Path, where: Split, homepage: str, excluded: frozenset[Path
 
 
 def _stems(folder: Path, endings: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, Path]:
-    """Files with one of the endings, by their path below `folder` without it. Links to folders are followed."""
+    """Files with one of the endings, by their path below `folder` without it; follows links to folders."""
     found: dict[str, Path] = {}
     for place, _, names in os.walk(folder, followlinks=True):
         below = Path(place).relative_to(folder).as_posix() + "/" if place != str(folder) else ""
