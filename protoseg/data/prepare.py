@@ -28,9 +28,9 @@ def prepare_ade20k_full(
     """Writes images_detectron2/ and annotations_detectron2/ beside the release, for `ade20k_full_*_tif`.
 
     The shorter side becomes 512 at most (images bilinear, labels nearest), labels 16-bit TIFF of class ids
-    with 65535 as void: the form on which MaskFormer and its successors report 847 classes. Files that are there
-    already stay, so an interrupted run goes on. Returns how many images were written. Raises UserError for
-    missing folders and unreadable files.
+    with 65535 as void: the form on which MaskFormer and its successors report 847 classes. Files that are
+    there already stay, so an interrupted run goes on. Returns how many images were written. Raises UserError
+    for missing folders and unreadable files.
     """
     root = Path(root)
     spec = DATASETS[RAW]
