@@ -157,8 +157,9 @@ def spread_prototypes(
 
     Farthest-point choice, all classes at once: prototype k goes to the pixel of its class whose best cosine
     with the prototypes that stand already is lowest, the first of a class to the pixel nearest its class's
-    mean. Where a pixel is chosen twice (fewer pixels than K), a little of the prototype's old direction tells
-    the two apart. Loops over K. Returns (protos_CKD, placed_CK); nothing is placed for classes without a pixel on any rank.
+    mean. Where a pixel is chosen twice (fewer pixels than K), a little of the prototype's old direction
+    tells the two apart. Loops over K. Returns (protos_CKD, placed_CK); nothing is placed for classes
+    without a pixel on any rank.
     """
     emb_ND = emb_ND.detach()
     num_classes, num_prototypes, dim = protos_CKD.shape
@@ -189,6 +190,38 @@ def spread_prototypes(
         best_N = torch.where(placed_CK[:, k][class_N], best_N.maximum(cosine_N), best_N)
         stands_C = stands_C | placed_CK[:, k]
     return protos_CKD, placed_CK
+
+
+def start_prototypes(
+    emb_ND: Tensor,
+    labels_N: Tensor,
+    protos_CKD: Tensor,
+    wanted_CK: Tensor,
+    kappa: float = 0.05,
+    iterations: int = 3,
+    all_reduce: AllReduce | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`spread_prototypes`, then three rounds of clustering that move what was placed to means.
+
+    The rounds matter where a few pixels are outliers, which farthest-point choice finds first. Only what is
+    in `wanted_CK` moves. Returns (protos_CKD, placed_CK).
+    """
+    num_classes, num_prototypes, _ = protos_CKD.shape
+    protos_CKD, placed_CK = spread_prototypes(emb_ND, labels_N, protos_CKD, wanted_CK, all_reduce)
+    for _ in range(3):
+        own_NK = own_similarities(emb_ND, protos_CKD, labels_N)
+        plan_NK = sinkhorn(own_NK, labels_N, num_classes, kappa, iterations, all_reduce=all_reduce)
+        means_CKD, counts_CK = cluster_means(
+            emb_ND, labels_N, assign(plan_NK, labels_N), num_classes, num_prototypes, all_reduce
+        )
+        protos_CKD = momentum_update(protos_CKD, means_CKD, counts_CK * placed_CK, 0.0)
+    return protos_CKD, placed_CK
+
+
+def own_similarities(emb_ND: Tensor, protos_CKD: Tensor, labels_N: Tensor) -> Tensor:
+    """iᵀp_yk (N, K) with the pixel's own class y, one k at a time; class 0 where the label is −1."""
+    class_N = labels_N.clamp(min=0)
+    return torch.stack([(emb_ND * protos_KD[class_N]).sum(1) for protos_KD in protos_CKD.unbind(1)], 1)
 
 
 def _class_means(

@@ -81,11 +81,12 @@ def upsampled_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of bilinearly upsampled logits (align_corners=False) with labels at full resolution.
 
-    logits (B, C, h, w), labels (B, H, W) integer. class_weights (C,). scale: from `loss_scale`; the default is
-    that of these labels alone, which gives the mean that `F.cross_entropy` gives (0 without a labelled pixel).
-    chunk_size: pixels at full resolution held at a time, in whole rows of one image (default from the sizes).
-    Half types are promoted to float32. No (B, C, H, W) tensor exists at any time: each band of rows is
-    upsampled, gives its loss and its gradient at the logits' resolution, and is gone. Returns a 0-d tensor.
+    logits (B, C, h, w), labels (B, H, W) integer. class_weights (C,). scale: from `loss_scale`; the default
+    is that of these labels alone, which gives the mean that `F.cross_entropy` gives (0 without a labelled
+    pixel). chunk_size: pixels at full resolution held at a time, in whole rows of one image (default from
+    the sizes). Half types are promoted to float32. No (B, C, H, W) tensor exists at any time: each band of
+    rows is upsampled, gives its loss and its gradient at the logits' resolution, and is gone. Returns a 0-d
+    tensor.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -103,7 +104,7 @@ def upsampled_cross_entropy(
 
 
 class _Lerp(NamedTuple):
-    """Linear interpolation along one axis: output j = (1 − weight_j) · input[low_j] + weight_j · input[high_j]."""
+    """Linear interpolation along one axis: out_j = (1 − weight_j) · in[low_j] + weight_j · in[high_j]."""
 
     low: Tensor
     high: Tensor

@@ -21,8 +21,9 @@ from protoseg.clustering import (
     health,
     momentum_update,
     sinkhorn,
-    spread_prototypes,
+    start_prototypes,
 )
+from protoseg.editing import Editing
 from protoseg.losses import ppc_loss, ppd_loss
 from protoseg.scores import class_scores, prototype_scores, unit, unit_rows
 
@@ -36,7 +37,7 @@ __all__ = [
     "momentum_update",
     "prototype_scores",
     "sinkhorn",
-    "spread_prototypes",
+    "start_prototypes",
 ]
 
 NOT_LIVE = -1e4  # logit of a class without prototypes; finite, since upsampling would turn −inf into NaN
@@ -57,19 +58,20 @@ class TrainingOutput:
     embedding: Tensor  # (N, D) detached, unit length
 
 
-class PrototypeHead(nn.Module):
+class PrototypeHead(Editing):
     """Classify each pixel by its nearest prototype, K per class (ProtoSeg, CVPR 2022).
 
-    features (B, D, h, w) → logits (B, C, h, w) = logit_scale · max over k of the cosine. Half types are promoted
-    to float32, double stays double. Buffers, all updated in place by `prepare_`, `update_` and the editing
-    methods only: `prototypes` (C, K, D) of unit length and `initialized` (C,), besides counters.
+    features (B, D, h, w) → logits (B, C, h, w) = logit_scale · max over k of the cosine. Half types are
+    promoted to float32, double stays double. Buffers, all updated in place by `prepare_`, `update_` and the
+    editing methods only: `prototypes` (C, K, D) of unit length and `initialized` (C,), besides counters.
 
     dim: D. temperature: τ of PPC. kappa, sinkhorn_iterations: of the clustering. momentum: μ. start: "data"
-    waits for `prepare_` to see a class, "random" needs no `prepare_`. update_pixels: "correct" lets only rightly
-    classified pixels move prototypes. score_norm: "layer_norm" has 2·C learnable numbers in place of
-    logit_scale. revive_after: steps without a pixel until `prepare_` moves a prototype elsewhere, 0 for never.
-    score_dtype: of the N × CK product (default float32, or double for double features). chunk_size: pixels
-    per chunk of it (default from the sizes). all_reduce(tensor, "sum" | "max"): joins distributed ranks.
+    waits for `prepare_` to see a class, "random" needs no `prepare_`. update_pixels: "correct" lets only
+    rightly classified pixels move prototypes. score_norm: "layer_norm" has 2·C learnable numbers in place
+    of logit_scale. revive_after: steps without a pixel until `prepare_` moves a prototype elsewhere, 0 for
+    never. score_dtype: of the N × CK product (default float32, or double for double features). chunk_size:
+    pixels per chunk of it (default from the sizes). all_reduce(tensor, "sum" | "max"): joins distributed
+    ranks.
     """
 
     prototypes: Tensor
@@ -166,9 +168,9 @@ class PrototypeHead(nn.Module):
     def training_step(self, features: Tensor, labels: Tensor, scale: Tensor | None = None) -> TrainingOutput:
         """Logits, PPC, PPD and the assignment of one batch; changes nothing.
 
-        features (B, D, h, w), labels (B, h, w) integer at the same resolution (see `downsample_labels`). scale:
-        from `loss_scale`; by default W / global number of pixels that take part in this call. Pixels take no
-        part whose label is ignore_index, no class, or a class without prototypes: their loss is 0.
+        features (B, D, h, w), labels (B, h, w) integer at the same resolution (see `downsample_labels`).
+        scale: from `loss_scale`; by default W / global number of pixels that take part in this call. Pixels
+        take no part whose label is ignore_index, no class, or a class without prototypes: their loss is 0.
         """
         with torch.autocast(features.device.type, enabled=False):
             emb_ND = self._embed(features)
@@ -212,7 +214,7 @@ class PrototypeHead(nn.Module):
 
     @torch.no_grad()
     def update_(self, *outs: TrainingOutput) -> None:
-        """Move the prototypes towards the mean of their pixels, once for all micro-batches `outs` of a step."""
+        """Move the prototypes towards the mean of their pixels, once for all micro-batches of a step."""
         num_classes, num_prototypes = self.num_classes, self.num_prototypes
         sums_CKD = torch.zeros_like(self.prototypes)
         moving_CK = torch.zeros_like(self.usage)
@@ -257,8 +259,14 @@ class PrototypeHead(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             emb_ND = self._embed(features)
             labels_N = self._valid_labels(features, labels, only_initialized=False)
-            protos_CKD, placed_CK = spread_prototypes(
-                emb_ND, labels_N, self.prototypes, wanted_CK, self.all_reduce
+            protos_CKD, placed_CK = start_prototypes(
+                emb_ND,
+                labels_N,
+                self.prototypes.to(emb_ND.dtype),
+                wanted_CK,
+                self.kappa,
+                self.sinkhorn_iterations,
+                self.all_reduce,
             )
         self.prototypes.copy_(protos_CKD)
         self.initialized.logical_or_(placed_CK.any(1))
@@ -297,8 +305,8 @@ class PrototypeHead(nn.Module):
         expected = (features.shape[0], *features.shape[2:])
         if labels.shape != expected:
             raise ValueError(
-                f"PrototypeHead: labels must be {tuple(expected)} like the features, got {tuple(labels.shape)};"
-                " use protoseg.losses.downsample_labels"
+                f"PrototypeHead: labels must be {tuple(expected)} like the features, got"
+                f" {tuple(labels.shape)}; use protoseg.losses.downsample_labels"
             )
         labels_N = labels.reshape(-1).long()
         valid_N = (labels_N >= 0) & (labels_N < self.num_classes) & (labels_N != self.ignore_index)

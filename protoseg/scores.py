@@ -60,7 +60,7 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         emb_ND, length_N1 = ctx.saved_tensors
-        batch, dim = ctx.shape[:2]
+        batch = ctx.shape[0]
         grad_BDP = emb_ND.new_empty(ctx.shape, dtype=ctx.dtype).flatten(2)
         pixels = grad_BDP.shape[2]
         for image in range(batch):
@@ -118,11 +118,12 @@ def prototype_scores(
 ) -> Scores:
     """Class scores, own-class similarities and the log-sum-exp over all prototypes.
 
-    emb_ND, protos_CKD: unit length, of one dtype (float32 or double). labels_N: int64, −1 takes no part. live_C:
-    bool, classes that have prototypes (default all). score_dtype: of the products with all M prototypes, for
-    example bfloat16 on a GPU; own_NK and all sums are in the dtype of emb_ND nevertheless. chunk_size: pixels at
-    a time (default from the sizes). Memory: O(N·(C + K + D)) held for backward, n·M in passing. The gradient
-    goes to emb_ND only; of prototypes that tie for the maximum the first one gets it.
+    emb_ND, protos_CKD: unit length, of one dtype (float32 or double). labels_N: int64, −1 takes no part.
+    live_C: bool, classes that have prototypes (default all). score_dtype: of the products with all M
+    prototypes, for example bfloat16 on a GPU; own_NK and all sums are in the dtype of emb_ND nevertheless.
+    chunk_size: pixels at a time (default from the sizes). Memory: O(N·(C + K + D)) held for backward, n·M
+    in passing. The gradient goes to emb_ND only; of prototypes that tie for the maximum the first one gets
+    it.
     """
     if live_C is None:
         live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=emb_ND.device)
@@ -152,7 +153,7 @@ class _PrototypeScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_classes, num_prototypes, dim = protos_CKD.shape
         num_pixels = len(emb_ND)
-        # A class that is not live shows another class's prototypes, with weight 0: no overflow, no extra pass.
+        # A class that is not live shows another's prototypes, with weight 0: no overflow, no extra pass.
         shown_C = torch.where(live_C, torch.arange(num_classes, device=live_C.device), live_C.int().argmax())
         weight_M = live_C.to(emb_ND.dtype).repeat(num_prototypes)
         rows_MD = _k_major(protos_CKD[shown_C] / temperature, score_dtype)
@@ -209,7 +210,7 @@ class _PrototypeScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_CN, grad_own_NK, grad_lse_N = grads
         lse_grad_ND, best_CN, label_N, live_C, protos_CKD = ctx.saved_tensors
-        num_classes, num_prototypes, dim = protos_CKD.shape
+        num_classes, num_prototypes, _ = protos_CKD.shape
         table_MD = (protos_CKD * live_C[:, None, None]).flatten(0, 1)  # row c·K + k
         first_C1 = (
             torch.arange(num_classes, device=table_MD.device, dtype=torch.int32)[:, None] * num_prototypes
