@@ -342,7 +342,7 @@ class PrototypeHead(Editing):
         return both[1] / both[0].clamp(min=1)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PrototypeHead":
-        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)
         # In half precision a momentum of 0.99 would be rounded away.
         for name in ("prototypes", "usage", "movement"):
             buffer = getattr(self, name)

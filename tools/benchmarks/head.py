@@ -168,7 +168,8 @@ def main(argv: list[str]) -> None:
           " | ours / three | ours MB | straightforward MB | memory | loss difference |")  # fmt: skip
     print("|" + "---|" * 14)
     for case in args.case or CASES:
-        measure(*case, device, args.repeats)
+        n, d, c, k = case
+        measure(n, d, c, k, device, args.repeats)
 
 
 def machine(device: torch.device) -> str:

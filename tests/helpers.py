@@ -1,0 +1,113 @@
+"""Oracles written from the equations, pixel by pixel, and what several tests need."""
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def assert_close_report(got: Tensor, expected: Tensor, what: str, axes: str = "", atol: float = 1e-6) -> None:
+    """Fail with the worst element, its place and both values. `axes` names them, one letter each (N, C, K)."""
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if got.numel() == 0:
+        return
+    error = (got.double() - expected.double()).abs()
+    worst = int(error.nan_to_num(math.inf).argmax())
+    place = [int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape)]
+    names = {"N": "pixel", "C": "class", "K": "prototype", "D": "channel"}
+    where = ", ".join(f"{names.get(axes[i : i + 1], f'axis {i}')} {at}" for i, at in enumerate(place))
+    value = error.flatten()[worst].item()
+    assert value <= atol, (
+        f"{what}: worst at {where}: got {got.flatten()[worst].item():.9g},"
+        f" expected {expected.flatten()[worst].item():.9g} (off by {value:.3g}, allowed {atol:.3g})"
+    )
+
+
+def unit_vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random unit vectors along the last axis."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+
+
+def brute_scores(
+    emb: Tensor, protos: Tensor, labels: Tensor, temperature: float, live: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class scores, own-class similarities and log-sum-exp by loops; differentiable."""
+    classes, count, _ = protos.shape
+    scores, own, lse = [], [], []
+    for n in range(len(emb)):
+        sims = [[(emb[n] * protos[c, k]).sum() for k in range(count)] for c in range(classes)]
+        minus_one = emb.new_tensor(-1.0)
+        scores.append(torch.stack([torch.stack(sims[c]).max() if live[c] else minus_one for c in range(classes)]))
+        y = max(int(labels[n]), 0)
+        own.append(torch.stack(sims[y]) if live[y] else emb.new_full((count,), -1.0))
+        lse.append(torch.stack([s / temperature for c in range(classes) if live[c] for s in sims[c]]).logsumexp(0))
+    return torch.stack(scores), torch.stack(own), torch.stack(lse)
+
+
+def brute_sinkhorn(own: Tensor, labels: Tensor, classes: int, kappa: float, iterations: int) -> Tensor:
+    """Class by class in double: prototype marginal N_c/K, then pixel marginal 1."""
+    plan = torch.zeros(own.shape, dtype=torch.double)
+    for c in range(classes):
+        mine = [n for n in range(len(labels)) if labels[n] == c]
+        if not mine:
+            continue
+        log_q = own[mine].double() / kappa
+        for _ in range(iterations):
+            log_q = log_q - log_q.logsumexp(0, keepdim=True) + math.log(len(mine) / own.shape[1])
+            log_q = log_q - log_q.logsumexp(1, keepdim=True)
+        plan[mine] = log_q.exp()
+    return plan
+
+
+def brute_update(protos: Tensor, emb: Tensor, labels: Tensor, assignment: Tensor, momentum: float) -> Tensor:
+    """Prototype by prototype, from the equation."""
+    new = protos.clone()
+    for c in range(protos.shape[0]):
+        for k in range(protos.shape[1]):
+            mine = (labels == c) & (assignment == k)
+            if not mine.any():
+                continue
+            mean = emb[mine].mean(0)
+            if mean.norm() < 1e-6:
+                continue
+            moved = momentum * protos[c, k] + (1 - momentum) * mean / mean.norm()
+            new[c, k] = moved / moved.norm()
+    return new
+
+
+def run_ranks(world: int, work: Callable[[int, Callable[[Tensor, str], Tensor]], Any]) -> list[Any]:
+    """Run work(rank, all_reduce) in threads that meet at barriers, as processes of a group would."""
+    meet = threading.Barrier(world, timeout=30)
+    shared: list[Any] = [None] * world
+    results: list[Any] = [None] * world
+    errors: list[BaseException] = []
+
+    def all_reduce_of(rank: int) -> Callable[[Tensor, str], Tensor]:
+        def all_reduce(tensor: Tensor, op: str) -> Tensor:
+            shared[rank] = tensor.clone()
+            meet.wait()
+            stacked = torch.stack(shared)
+            meet.wait()
+            return tensor.copy_(stacked.sum(0) if op == "sum" else stacked.amax(0))
+
+        return all_reduce
+
+    def target(rank: int) -> None:
+        try:
+            results[rank] = work(rank, all_reduce_of(rank))
+        except BaseException as error:
+            errors.append(error)
+            meet.abort()
+
+    threads = [threading.Thread(target=target, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

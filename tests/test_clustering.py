@@ -1,0 +1,239 @@
+"""The maths of prototypes against brute force."""
+
+import pytest
+import torch
+from helpers import (
+    assert_close_report,
+    brute_scores,
+    brute_sinkhorn,
+    brute_update,
+    run_ranks,
+    unit_vectors,
+)
+
+from protoseg.clustering import (
+    assign,
+    cluster_means,
+    health,
+    momentum_update,
+    own_similarities,
+    sinkhorn,
+    start_prototypes,
+)
+from protoseg.scores import class_scores, prototype_scores, unit, unit_rows
+
+SIZES = [(23, 5, 4, 3), (7, 3, 1, 4), (9, 4, 3, 1), (1, 2, 2, 2), (5, 2, 1, 1), (40, 6, 3, 10)]  # N D C K
+
+
+def case(n, d, c, k, dtype=torch.double, seed=0):
+    emb, protos = unit_vectors(n, d, seed=seed, dtype=dtype), unit_vectors(c, k, d, seed=seed + 1, dtype=dtype)
+    labels = torch.randint(-1, c, (n,), generator=torch.Generator().manual_seed(seed))
+    return emb, protos, labels
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("all_live", [True, False])
+def test_scores_and_their_gradient(sizes, chunk_size, all_live):
+    emb, protos, labels = case(*sizes)
+    live = torch.ones(sizes[2], dtype=torch.bool)
+    if not all_live and sizes[2] > 1:
+        live[0] = False
+    emb.requires_grad_()
+    got = prototype_scores(emb, protos, labels, 0.1, live, chunk_size=chunk_size)
+    expected = brute_scores(emb, protos, labels, 0.1, live)
+    for name, a, b, axes in zip(got._fields, got, expected, ("NC", "NK", "N")):
+        assert_close_report(a, b, name, axes, 1e-12)
+        weight = torch.randn(a.shape, generator=torch.Generator().manual_seed(3), dtype=a.dtype)
+        grads = [
+            torch.autograd.grad((x * weight).sum(), emb, retain_graph=True, allow_unused=True)[0] for x in (a, b)
+        ]
+        assert_close_report(grads[0], torch.zeros_like(emb) if grads[1] is None else grads[1], name, "ND", 1e-11)
+    assert_close_report(
+        class_scores(emb, protos, live, chunk_size=chunk_size), expected[0], "class_scores", "NC", 1e-12
+    )
+
+
+def test_scores_gradcheck():
+    emb, protos, labels = case(11, 5, 4, 3)
+    assert torch.autograd.gradcheck(
+        lambda x: tuple(prototype_scores(x, protos, labels, chunk_size=4)), emb.requires_grad_()
+    )
+    maps = torch.randn(2, 5, 3, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(unit_rows, maps)
+    assert_close_report(unit_rows(maps), unit(maps.permute(0, 2, 3, 1).reshape(-1, 5)), "unit_rows", "ND", 1e-15)
+
+
+def test_scores_in_single_are_as_exact_as_the_plain_version():
+    emb, protos, labels = case(500, 64, 20, 10)
+    emb.requires_grad_()
+    truth = prototype_scores(emb, protos, labels).log_sum_exp_N
+    (truth_grad,) = torch.autograd.grad(truth.sum(), emb)
+    single = emb.detach().float().requires_grad_()
+    ours = prototype_scores(single, protos.float(), labels).log_sum_exp_N
+    plain = (torch.einsum("nd,ckd->nck", single, protos.float()) / 0.1).flatten(1).logsumexp(1)
+    for mine, naive, true in (
+        (ours, plain, truth),
+        (*(torch.autograd.grad(x.sum(), single)[0] for x in (ours, plain)), truth_grad),
+    ):
+        assert (mine - true).abs().max() <= (naive - true).abs().max() + 2e-6
+
+
+def test_score_dtype_leaves_own_similarities_exact():
+    emb, protos, labels = case(50, 32, 6, 3, torch.float32)
+    half = prototype_scores(emb, protos, labels, score_dtype=torch.bfloat16)
+    full = prototype_scores(emb, protos, labels)
+    assert half.classes_NC.dtype == torch.float32
+    assert_close_report(half.own_NK, full.own_NK, "own", "NK")
+    assert_close_report(half.classes_NC, full.classes_NC, "classes", "NC", 2e-2)
+    assert (half.classes_NC - full.classes_NC).abs().max() > 1e-5
+
+
+def test_prototypes_that_tie_share_one_gradient():
+    emb, protos, labels = case(6, 4, 2, 1)
+    twice = protos.repeat(1, 3, 1)
+    grads = []
+    for p in (protos, twice):
+        x = emb.clone().requires_grad_()
+        prototype_scores(x, p, labels).classes_NC.sum().backward()
+        grads.append(x.grad)
+    assert_close_report(grads[1], grads[0], "gradient", "ND", 1e-12)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kappa", [0.05, 0.03, 0.005])
+@pytest.mark.parametrize("iterations", [1, 3, 20])
+def test_sinkhorn_is_the_class_by_class_one(sizes, kappa, iterations):
+    n, d, c, k = sizes
+    emb, protos, labels = case(n, d, c, k)
+    own = own_similarities(emb, protos, labels)
+    expected = brute_sinkhorn(own, labels, c, kappa, iterations)
+    for dtype, atol in ((torch.double, 1e-9), (torch.float32, 3e-4)):
+        for log_domain in (None, True) + ((False,) if kappa >= 0.03 else ()):
+            got = sinkhorn(own.to(dtype), labels, c, kappa, iterations, log_domain=log_domain)
+            assert got.dtype == dtype
+            assert_close_report(got, expected, f"plan, log_domain={log_domain}", "NK", atol)
+
+
+def test_sinkhorn_shares_pixels_equally_and_promotes_half():
+    emb, protos, _ = case(400, 8, 2, 4)
+    labels = torch.arange(400) % 2
+    plan = sinkhorn(own_similarities(emb, protos, labels), labels, 2, iterations=200)
+    for c in range(2):
+        assert_close_report(plan[labels == c].sum(0), torch.full((4,), 50.0), "marginal", "K", 1e-3)
+    half = sinkhorn(torch.ones(400, 4, dtype=torch.bfloat16), labels, 2)
+    assert half.dtype == torch.float32
+    assert_close_report(half, torch.full((400, 4), 0.25), "plan of identical pixels", "NK")
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_assign_means_and_update(sizes):
+    n, d, c, k = sizes
+    emb, protos, labels = case(n, d, c, k)
+    plan = sinkhorn(own_similarities(emb, protos, labels), labels, c)
+    assignment = assign(plan, labels)
+    assert torch.equal(assignment, torch.where(labels < 0, -1, plan.argmax(1)))
+    means, counts = cluster_means(emb, labels, assignment, c, k)
+    for cls in range(c):
+        for j in range(k):
+            mine = (labels == cls) & (assignment == j)
+            assert counts[cls, j] == mine.sum()
+            expected = emb[mine].mean(0) if mine.any() else torch.zeros(d, dtype=emb.dtype)
+            assert_close_report(means[cls, j], expected, f"mean of class {cls}, prototype {j}", "D", 1e-12)
+    got = momentum_update(protos, means, counts, 0.9)
+    assert_close_report(got, brute_update(protos, emb, labels, assignment, 0.9), "update", "CKD", 1e-12)
+    assert torch.equal(got[counts == 0], protos[counts == 0])
+
+
+def test_opposite_pixels_leave_their_prototype_where_it_is():
+    emb = torch.tensor([[1.0, 0], [-1.0, 0]])
+    protos = torch.tensor([[[0.0, 1]]])
+    means, counts = cluster_means(emb, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long), 1, 1)
+    assert torch.equal(momentum_update(protos, means, counts, 0.5), protos)
+
+
+def test_two_dimensional_classes_by_hand():
+    """Prototypes at 0° and 90° (class 0), 180° and 270° (class 1); a pixel at 60° is nearest 90°."""
+    angles = torch.tensor([[0.0, 90.0], [180.0, 270.0]]).deg2rad()
+    protos = torch.stack([angles.cos(), angles.sin()], -1)
+    emb = torch.tensor([[0.5, 3**0.5 / 2]])
+    scores = prototype_scores(emb, protos, torch.tensor([0]))
+    assert_close_report(scores.classes_NC, torch.tensor([[3**0.5 / 2, -0.5]]), "scores", "NC")
+    assert_close_report(scores.own_NK, torch.tensor([[0.5, 3**0.5 / 2]]), "own", "NK")
+
+
+def modes(seed, noise=0.3, classes=2, count=10, per=60, dim=64):
+    """Embeddings around `count` separate modes per class; returns them, labels, and modes."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = unit_vectors(classes, count, dim, seed=seed)
+    labels = torch.arange(classes).repeat_interleave(count * per)
+    mode = torch.arange(count).repeat_interleave(per).repeat(classes)
+    noisy = centres[labels, mode] + noise * torch.randn(len(labels), dim, generator=generator) / dim**0.5
+    order = torch.randperm(len(labels), generator=generator)
+    return unit(noisy)[order], labels[order], mode[order]
+
+
+@pytest.mark.parametrize("noise", [0.3, 0.7])
+def test_data_start_finds_ten_modes_in_twenty_of_twenty_seeds(noise):
+    for seed in range(20):
+        emb, labels, mode = modes(seed, noise)
+        protos, placed = start_prototypes(
+            emb, labels, unit_vectors(2, 10, 64, seed=seed + 99), torch.ones(2, 10, dtype=torch.bool)
+        )
+        assert placed.all()
+        nearest = own_similarities(emb, protos, labels).argmax(1)
+        for c in range(2):
+            table = torch.zeros(10, 10)
+            mine = labels == c
+            table.index_put_((nearest[mine], mode[mine]), torch.ones(int(mine.sum())), accumulate=True)
+            assert table.amax(1).sum() / table.sum() >= 0.99, f"purity, seed {seed} class {c}"
+            cosine = protos[c] @ protos[c].t() - 2 * torch.eye(10)
+            assert cosine.max() <= 0.95, f"seed {seed} class {c}"
+
+
+def test_fewer_pixels_than_prototypes_start_apart():
+    emb = unit_vectors(2, 8)
+    protos, _ = start_prototypes(
+        emb, torch.zeros(2, dtype=torch.long), unit_vectors(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)
+    )
+    assert protos.isfinite().all()
+    assert (protos[0] @ protos[0].t() - 2 * torch.eye(5)).max() < 1 - 1e-4
+    assert torch.equal(protos[1:], unit_vectors(3, 5, 8)[1:])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kappa", [0.05, 0.01])
+def test_ranks_agree_with_one_process(world, kappa):
+    emb, protos, labels = case(61, 6, 5, 4)
+    own = own_similarities(emb, protos, labels)
+    wanted = torch.ones(5, 4, dtype=torch.bool)
+    wanted[1, 2:] = False
+    one = sinkhorn(own, labels, 5, kappa), start_prototypes(emb, labels, protos, wanted)[0]
+    bounds = [0, 3, 40, 61] if world == 3 else [0, 7, 61]
+
+    def work(rank, all_reduce):
+        part = slice(bounds[rank], bounds[rank + 1])
+        plan = sinkhorn(own[part], labels[part], 5, kappa, all_reduce=all_reduce)
+        return plan, start_prototypes(emb[part], labels[part], protos, wanted, all_reduce=all_reduce)[0]
+
+    results = run_ranks(world, work)
+    assert_close_report(torch.cat([plan for plan, _ in results]), one[0], "plan", "NK", 1e-9)
+    for _, started in results:
+        assert_close_report(started, one[1], "start", "CKD", 1e-9)
+
+
+def test_health_by_hand():
+    protos = torch.tensor([[[1.0, 0], [0, 1]], [[1.0, 0], [1, 0]]])
+    got = health(
+        protos,
+        torch.tensor([[5.0, 5.0], [8.0, 0.0]]),
+        torch.tensor([[0, 0], [0, 100]]),
+        torch.tensor([[0.1, 0.3], [0.0, 0.0]]),
+        torch.tensor([True, True]),
+        100,
+    )
+    plain = got.to_plain()
+    assert plain["effective_k"] == pytest.approx([2.0, 1.0])
+    assert plain["mean_intra_cosine"] == pytest.approx([0.0, 1.0])
+    assert plain["dead"] == [0.0, 1.0]
+    assert plain["churn"] == pytest.approx([0.2, 0.0])
