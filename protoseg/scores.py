@@ -197,11 +197,13 @@ class _PrototypeScores(torch.autograd.Function):
             sum_n = (weight_M @ exp_Mn).clamp(min=torch.finfo(emb_ND.dtype).tiny)  # 0 if no class is live
             log_sum_exp_N[at] = sum_n.log() + shift_n
             if with_grad:
-                lse_grad_ND[at] = (exp_Mn.to(rows_MD.dtype).t() @ weighted_MD).to(emb_ND.dtype) / sum_n[
-                    :, None
-                ]
+                lse_grad_ND[at] = exp_Mn.to(rows_MD.dtype).t() @ weighted_MD
+                lse_grad_ND[at] /= sum_n[:, None]
         own_NK.masked_fill_(~live_C[label_N][:, None], -1.0)
-        ctx.save_for_backward(lse_grad_ND, best_CN, label_N, live_C, protos_CKD)
+        # Row c·K + k; a copy, so that the prototypes may move before backward.
+        table_MD = (protos_CKD * live_C[:, None, None]).flatten(0, 1)
+        ctx.save_for_backward(lse_grad_ND, best_CN, label_N, table_MD)
+        ctx.num_prototypes = num_prototypes
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
         return classes_CN, own_NK, log_sum_exp_N
@@ -209,18 +211,15 @@ class _PrototypeScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_CN, grad_own_NK, grad_lse_N = grads
-        lse_grad_ND, best_CN, label_N, live_C, protos_CKD = ctx.saved_tensors
-        num_classes, num_prototypes, _ = protos_CKD.shape
-        table_MD = (protos_CKD * live_C[:, None, None]).flatten(0, 1)  # row c·K + k
-        first_C1 = (
-            torch.arange(num_classes, device=table_MD.device, dtype=torch.int32)[:, None] * num_prototypes
-        )
+        lse_grad_ND, best_CN, label_N, table_MD = ctx.saved_tensors
+        num_prototypes = ctx.num_prototypes
+        first_C = torch.arange(0, len(table_MD), num_prototypes, device=table_MD.device, dtype=torch.int32)
         k_K = torch.arange(num_prototypes, device=table_MD.device)
         grad_ND = torch.zeros_like(lse_grad_ND) if grad_lse_N is None else lse_grad_ND * grad_lse_N[:, None]
         for start in range(0, len(grad_ND), ctx.chunk):
             at = slice(start, min(start + ctx.chunk, len(grad_ND)))
             if grad_CN is not None:
-                row_Cn = first_C1 + best_CN[:, at]
+                row_Cn = first_C[:, None] + best_CN[:, at]
                 grad_ND[at] += _weighted_rows(table_MD, row_Cn.t(), grad_CN[:, at].contiguous().t())
             if grad_own_NK is not None:
                 row_nK = label_N[at, None] * num_prototypes + k_K

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def assert_close_report(got: Tensor, expected: Tensor, what: str, axes: str = "", atol: float = 1e-6) -> None:
-    """Fail with the worst element, its place and both values. `axes` names them, one letter each (N, C, K)."""
+    """Fail with the worst element, its place and both values. `axes`: one letter each (N, C, K)."""
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     if got.numel() == 0:
         return
@@ -29,7 +29,9 @@ def assert_close_report(got: Tensor, expected: Tensor, what: str, axes: str = ""
 
 def unit_vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random unit vectors along the last axis."""
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
+    return F.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1
+    )
 
 
 def brute_scores(
@@ -41,10 +43,14 @@ def brute_scores(
     for n in range(len(emb)):
         sims = [[(emb[n] * protos[c, k]).sum() for k in range(count)] for c in range(classes)]
         minus_one = emb.new_tensor(-1.0)
-        scores.append(torch.stack([torch.stack(sims[c]).max() if live[c] else minus_one for c in range(classes)]))
+        scores.append(
+            torch.stack([torch.stack(sims[c]).max() if live[c] else minus_one for c in range(classes)])
+        )
         y = max(int(labels[n]), 0)
         own.append(torch.stack(sims[y]) if live[y] else emb.new_full((count,), -1.0))
-        lse.append(torch.stack([s / temperature for c in range(classes) if live[c] for s in sims[c]]).logsumexp(0))
+        lse.append(
+            torch.stack([s / temperature for c in range(classes) if live[c] for s in sims[c]]).logsumexp(0)
+        )
     return torch.stack(scores), torch.stack(own), torch.stack(lse)
 
 

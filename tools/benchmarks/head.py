@@ -3,9 +3,9 @@
     python tools/benchmark.py head [--device cpu|cuda] [--repeats 5] [--case N D C K ...] [--threads 2]
 
 Both start from the same feature map and give the same losses and (up to rounding) the same new prototypes.
-Times are medians of alternating repeats. Floors are the bare products of pixels and prototypes: two where the
-scores would be kept for backward, three where they would be computed again. Memory is the peak of tensors alive
-beyond the inputs, from the allocator's own events (CUDA: max_memory_allocated).
+Times are medians of alternating repeats. Floors are the bare products of pixels and prototypes: two where
+scores are kept for backward, three where they are computed again. Memory is the peak of tensors
+alive beyond the inputs, from the allocator's own events (CUDA: max_memory_allocated).
 """
 
 import argparse
@@ -99,7 +99,8 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as prof:
         function()
     events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
@@ -144,8 +145,9 @@ def measure(n: int, d: int, c: int, k: int, device: torch.device, repeats: int) 
         seconds["two"].append(timed(two_products, device))
     t = {name: statistics.median(values) for name, values in seconds.items()}
     print(
-        f"| {n} | {d} | {c} | {k} | {t['ours'] * 1e3:.0f} | {t['plain'] * 1e3:.0f} | {t['plain'] / t['ours']:.2f}"
-        f" | {t['two'] * 1e3:.0f} | {t['ours'] / t['two']:.2f} | {t['ours'] / t['two'] / 1.5:.2f}"
+        f"| {n} | {d} | {c} | {k} | {t['ours'] * 1e3:.0f} | {t['plain'] * 1e3:.0f}"
+        f" | {t['plain'] / t['ours']:.2f} | {t['two'] * 1e3:.0f} | {t['ours'] / t['two']:.2f}"
+        f" | {t['ours'] / t['two'] / 1.5:.2f}"
         f" | {grown[0] / 2**20:.0f} | {grown[1] / 2**20:.0f} | 1/{grown[1] / grown[0]:.1f}"
         f" | {abs(losses[0] - losses[1]).item():.1e} |",
         flush=True,
@@ -163,7 +165,7 @@ def main(argv: list[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    print(f"{machine(device)}; torch {torch.__version__}; float32; median of {args.repeats} alternating repeats")
+    print(f"{machine(device)}; torch {torch.__version__}; float32; median of {args.repeats} repeats")
     print("| N | D | C | K | ours ms | straightforward ms | times faster | two products ms | ours / two"
           " | ours / three | ours MB | straightforward MB | memory | loss difference |")  # fmt: skip
     print("|" + "---|" * 14)

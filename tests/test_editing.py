@@ -1,0 +1,92 @@
+"""Classes added, removed, merged and clustered anew without a gradient step."""
+
+import pytest
+import torch
+from helpers import unit_vectors
+
+from protoseg.prototypes import PrototypeHead
+
+
+def scene(classes, seed=0, noise=0.3, dim=16, per_class=40):
+    """Pixels around three directions per class, as a one-row map, the same directions for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = unit_vectors(6, 3, dim, seed=77)
+    labels = torch.tensor(list(classes)).repeat_interleave(per_class)
+    mode = torch.arange(len(labels)) % 3
+    pixels = centres[labels, mode] + noise * torch.randn(len(labels), dim, generator=generator) / dim**0.5
+    return pixels.t().view(1, dim, 1, -1), labels.view(1, 1, -1)
+
+
+def accuracy(head, features, labels):
+    return (head(features).argmax(1) == labels).double().mean().item()
+
+
+def trained(classes, **options):
+    torch.manual_seed(0)
+    head = PrototypeHead(16, len(classes), 3, **options)
+    head.prepare_(*scene(classes))
+    return head
+
+
+def test_a_class_is_added_from_a_mask_or_from_labels_and_old_ones_stay():
+    features, labels = scene(range(4), seed=1)
+    for chosen in (labels, labels == 3):
+        head = trained(range(3), score_norm="layer_norm")
+        before = head.prototypes.clone()
+        assert head.add_class(features, chosen) == 3
+        assert torch.equal(head.prototypes[:3], before)
+        assert accuracy(head, *scene(range(4), seed=2)) == 1
+        assert head.norm_weight.shape == (4,)
+    with pytest.raises(ValueError, match="no pixel is labelled as the new class 4"):
+        head.add_class(features, labels)
+
+
+def test_remove_and_merge_move_ids_down():
+    head = trained(range(4))
+    head.remove_class(1)
+    features, labels = scene([0, 2, 3], seed=1)
+    assert accuracy(head, features, torch.tensor([0, -1, 1, 2])[labels]) == 1
+    head = trained(range(4))
+    head.merge_classes(0, 2)
+    assert head.num_classes == 3
+    features, labels = scene(range(4), seed=1)
+    assert accuracy(head, features, torch.tensor([0, 1, 0, 2])[labels]) > 0.8
+    for call in (lambda: head.remove_class(3), lambda: head.merge_classes(0, 7)):
+        with pytest.raises(ValueError, match=r"no class \d, ids are 0 to 2"):
+            call()
+    with pytest.raises(ValueError, match="the same class"):
+        head.merge_classes(1, 1)
+
+
+def test_number_of_prototypes_changes_with_and_without_data():
+    for data in ((), scene(range(4))):
+        head = trained(range(4))
+        for count in (7, 2, 3):
+            head.set_num_prototypes(count, *data)
+            assert head.prototypes.shape == (4, count, 16)
+            assert torch.allclose(head.prototypes.norm(dim=-1), torch.ones(4, count))
+            cosine = head.prototypes @ head.prototypes.mT - 2 * torch.eye(count)
+            assert cosine.max() < 0.9999, "prototypes coincide"
+        assert accuracy(head, *scene(range(4), seed=1)) > (0.95 if data else 0.6)
+        out = head.training_step(*scene(range(4)))
+        head.update_(out)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        head.set_num_prototypes(0)
+
+
+def test_refit_recovers_from_bad_prototypes_and_leaves_absent_classes():
+    head = trained(range(4), start="random")
+    head.prototypes.copy_(unit_vectors(4, 3, 16, seed=5))
+    before = head.prototypes.clone()
+    head.refit([scene(range(3), seed=s) for s in (1, 2)])
+    assert torch.equal(head.prototypes[3], before[3])
+    assert accuracy(head, *scene(range(3), seed=3)) == 1
+
+
+def test_an_edited_head_loads_into_one_of_its_size():
+    head = trained(range(3))
+    head.add_class(*scene(range(4), seed=1))
+    fresh = PrototypeHead(16, 4, 3)
+    fresh.load_state_dict(head.state_dict())
+    features, _ = scene(range(4))
+    assert torch.equal(fresh(features), head(features))
