@@ -68,7 +68,9 @@ class MLPHead(nn.Module):
         self.dim, self.stride = dim or 256, strides[0]
         layers = [nn.Linear(c, self.dim) for c in channels]
         for layer in layers:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            # Each map starts with the same share of the sum. With one spread for all, the coarsest map, which
+            # has the most channels, drowns the finest, and small things are learned late or never.
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
         self.linears: Any = nn.ModuleList(layers)
         self.fuse = conv_norm(len(channels) * self.dim, self.dim, kernel=1)
