@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from protoseg import distributed
@@ -52,13 +53,16 @@ def evaluate_command(arguments: Sequence[str]) -> None:
             f"{args.run}: trained on {len(content['classes'])} classes that are not those of {split}"
             f" ({len(dataset.classes)}); evaluate on data with the same class list"
         )
-    loader = eval_loader(
-        dataset, rank=distributed.rank(), world_size=distributed.world_size(), workers=config.data.workers
-    )
     model = model.to(device)
-    scores = evaluate(
-        lambda image, size: predict(model, image, size), loader, dataset.classes, dataset.ignore_index, device
-    )
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    with closing(eval_loader(dataset, workers=config.data.workers, **ranks)) as loader:
+        scores = evaluate(
+            lambda image, size: predict(model, image, size),
+            loader,
+            dataset.classes,
+            dataset.ignore_index,
+            device,
+        )
     if distributed.is_main():
         print_scores(scores, f"{args.run} (step {content['step']}) on {split}, {len(dataset)} images")
         if args.json:
@@ -79,7 +83,7 @@ def run(verb: str, arguments: Sequence[str] | None = None) -> int:
         print(stopped)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("interrupted before the first step; nothing was written", file=sys.stderr)
+        print("interrupted; what was written before is good", file=sys.stderr)
         return 130
     finally:
         distributed.shutdown()

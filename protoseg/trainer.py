@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -74,11 +75,10 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
             + (f", going on at step {run.step}" if run.step else ""),
             flush=True,
         )
-    val_loader = eval_loader(
-        val_set, rank=distributed.rank(), world_size=distributed.world_size(), workers=config.data.workers
-    )
-    loop(run, out, log, train_set, val_loader)
-    results = finish(run, out, log, val_loader)
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    with closing(eval_loader(val_set, workers=config.data.workers, **ranks)) as val_loader:
+        loop(run, out, log, train_set, val_loader)
+        results = finish(run, out, log, val_loader)
     distributed.barrier()
     return results
 
@@ -131,8 +131,7 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
         on_error=d.on_error,
     )
     meter = Meter(d.batch_size)
-    with StopSignals() as signals:
-        batches = iter(loader)
+    with closing(loader) as batches, StopSignals() as signals:
         while run.step < config.train.iterations:
             batch = meter.waited(batches)
             rates = [group["lr"] for group in run.optimizer.param_groups]
@@ -155,7 +154,7 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
                     " --resume auto goes on",
                     signals.number or signal.SIGTERM,
                 )
-            if run.step % config.checkpoint.interval == 0 and not last:
+            if run.step % config.checkpoint.interval == 0 or last:
                 save(run, out)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 import yaml
 from torch import nn
+from torchvision.io import write_png
 
 from protoseg import distributed
 from protoseg.checkpoint import load_checkpoint, load_segmenter, save_checkpoint
@@ -170,9 +171,10 @@ def test_two_ranks_equal_one(tmp_path: Path, accumulation: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path, number: int) -> None:
     config, out = str(write_config(tmp_path)), tmp_path / "run"
-    process = run_cli(["train", config, "--out", str(out), "train.iterations=1000"])
+    arguments = ["train", config, "--out", str(out), "train.iterations=1000", "data.workers=1"]
+    process = run_cli(arguments, start_new_session=True)
     wait_for_step(out, 1, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal and many schedulers do: the workers get it as well
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
     assert "Traceback" not in text
@@ -181,7 +183,7 @@ def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path, number: in
     content = yaml.safe_load((out / "config.yaml").read_text())
     assert content["train"]["iterations"] == 1000
     if number == signal.SIGTERM:
-        process = run_cli(["train", config, "--out", str(out), "--resume", "auto", "train.iterations=1000"])
+        process = run_cli([*arguments, "--resume", "auto"])
         wait_for_step(out, step + 1, process)
         process.send_signal(number)
         assert f"going on at step {step}" in process.communicate(timeout=60)[0]
@@ -286,6 +288,27 @@ def test_missing_dataset_names_folder_and_source(tmp_path: Path, capsys: pytest.
 def test_class_weights_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"loss.class_weights: 2 weights for 11 classes"):
         train(tiny(loss={"class_weights": [1, 2]}), tmp_path / "o")
+
+
+def test_unreadable_image_stops_the_run_and_its_workers(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for i in range(4):
+            for kind in ("images", "labels"):
+                path = root / kind / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = torch.zeros((3 if kind == "images" else 1, 32, 32), dtype=torch.uint8)
+                write_png(pixels, str(path))
+    (root / "images" / "train" / "2.png").write_bytes(b"not an image")
+    values = {**TINY, "data": {"name": "folder", "root": str(root), "classes": ["a", "b"], "crop": [32, 32]}}
+    values["data"] |= {"batch_size": 4, "workers": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    process = run_cli(["train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, text
+    assert text.splitlines()[-1].startswith("error: ")
+    assert "2.png" in text
+    assert "Traceback" not in text
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -140,7 +140,7 @@ def train_loader(
     workers: int = 2,
     on_error: str = "raise",
     rare_class_temperature: float | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches start … iterations−1 of a run, this rank's share of each.
 
     `batch_size` is global, over all ranks. `transform(image, label)` must return one size and take all chance
@@ -175,7 +175,7 @@ def train_loader(
     return _checked_batches(loader)
 
 
-def _checked_batches(loader: DataLoader) -> Iterator[Batch]:
+def _checked_batches(loader: DataLoader) -> Generator[Batch, None, None]:
     warned: set[str] = set()
     for loaded in loader:
         if isinstance(loaded, _Bad):
@@ -202,6 +202,10 @@ class EvalLoader:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def close(self) -> None:
+        """End the workers; a loader that is left open keeps the process from exiting."""
+        self.loader._iterator = None
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, str]]:
         for loaded in self.loader:
@@ -245,9 +249,10 @@ def _worker_options(workers: int) -> dict:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group, but the main process still needs the batches to leave cleanly.
-
-    SIGTERM keeps its meaning: it is how multiprocessing ends workers when the main process fails.
+    """Ctrl-C and SIGTERM often reach the whole process group, but the main process still needs the batches to
+    leave cleanly. Workers therefore end with their loader alone: whoever opens one closes it, or
+    multiprocessing would wait for them for ever at exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
