@@ -26,7 +26,10 @@ SIZES = [(23, 5, 4, 3), (7, 3, 1, 4), (9, 4, 3, 1), (1, 2, 2, 2), (5, 2, 1, 1), 
 
 
 def case(n, d, c, k, dtype=torch.double, seed=0):
-    emb, protos = unit_vectors(n, d, seed=seed, dtype=dtype), unit_vectors(c, k, d, seed=seed + 1, dtype=dtype)
+    emb, protos = (
+        unit_vectors(n, d, seed=seed, dtype=dtype),
+        unit_vectors(c, k, d, seed=seed + 1, dtype=dtype),
+    )
     labels = torch.randint(-1, c, (n,), generator=torch.Generator().manual_seed(seed))
     return emb, protos, labels
 
@@ -46,9 +49,12 @@ def test_scores_and_their_gradient(sizes, chunk_size, all_live):
         assert_close_report(a, b, name, axes, 1e-12)
         weight = torch.randn(a.shape, generator=torch.Generator().manual_seed(3), dtype=a.dtype)
         grads = [
-            torch.autograd.grad((x * weight).sum(), emb, retain_graph=True, allow_unused=True)[0] for x in (a, b)
+            torch.autograd.grad((x * weight).sum(), emb, retain_graph=True, allow_unused=True)[0]
+            for x in (a, b)
         ]
-        assert_close_report(grads[0], torch.zeros_like(emb) if grads[1] is None else grads[1], name, "ND", 1e-11)
+        assert_close_report(
+            grads[0], torch.zeros_like(emb) if grads[1] is None else grads[1], name, "ND", 1e-11
+        )
     assert_close_report(
         class_scores(emb, protos, live, chunk_size=chunk_size), expected[0], "class_scores", "NC", 1e-12
     )
@@ -61,7 +67,9 @@ def test_scores_gradcheck():
     )
     maps = torch.randn(2, 5, 3, 4, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(unit_rows, maps)
-    assert_close_report(unit_rows(maps), unit(maps.permute(0, 2, 3, 1).reshape(-1, 5)), "unit_rows", "ND", 1e-15)
+    assert_close_report(
+        unit_rows(maps), unit(maps.permute(0, 2, 3, 1).reshape(-1, 5)), "unit_rows", "ND", 1e-15
+    )
 
 
 def test_scores_in_single_are_as_exact_as_the_plain_version():
@@ -148,7 +156,9 @@ def test_assign_means_and_update(sizes):
 def test_opposite_pixels_leave_their_prototype_where_it_is():
     emb = torch.tensor([[1.0, 0], [-1.0, 0]])
     protos = torch.tensor([[[0.0, 1]]])
-    means, counts = cluster_means(emb, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long), 1, 1)
+    means, counts = cluster_means(
+        emb, torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long), 1, 1
+    )
     assert torch.equal(momentum_update(protos, means, counts, 0.5), protos)
 
 

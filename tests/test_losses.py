@@ -83,7 +83,9 @@ def test_upsampled_cross_entropy_compiles_in_one_graph():
 
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(logits, labels)
     assert_close_report(got, function(logits, labels), "loss")
-    assert_close_report(*(torch.autograd.grad(x, logits)[0] for x in (got, function(logits, labels))), "gradient")
+    assert_close_report(
+        *(torch.autograd.grad(x, logits)[0] for x in (got, function(logits, labels))), "gradient"
+    )
 
 
 def test_scales_make_the_mean_over_ranks_the_global_mean():
