@@ -13,6 +13,7 @@ from protoseg.data.loader import eval_loader
 from protoseg.evaluate import evaluate
 from protoseg.inference import predict
 from protoseg.report import print_scores, write_json
+from protoseg.sweep import LocalLauncher, SlurmLauncher, load_sweep, run_sweep
 from protoseg.trainer import Interrupted, open_dataset, train
 
 OVERRIDES = "configuration values on top of the file's, for example train.iterations=1000"
@@ -69,7 +70,44 @@ def evaluate_command(arguments: Sequence[str]) -> None:
             write_json(args.json, {**scores.to_plain(), "split": split, "step": content["step"]})
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train_command, "evaluate": evaluate_command}
+def sweep_command(arguments: Sequence[str]) -> None:
+    """Train many variants of a config and compare them."""
+    parser = argparse.ArgumentParser(
+        prog="sweep", description="Train variants of a config, several seeds each, and compare them."
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a run config, or a sweep file with rows")
+    parser.add_argument("--vary", action="append", default=[], metavar="key=a,b,c", help="may be repeated")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs per row (default: the file's, or 1)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sweep_<config name>")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per device)")
+    parser.add_argument("--devices", default="", metavar="0,1,2", help="CUDA devices to spread the runs over")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="name=value",
+        help="submitit parameters, such as timeout_min=600",
+    )
+    args = parser.parse_args(arguments)
+    sweep = load_sweep(args.config, args.vary, args.seeds)
+    out = args.out or Path("runs") / f"sweep_{args.config.stem}"
+    devices = [device for device in args.devices.split(",") if device]
+    jobs = max(len(devices), 1) if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs: expected 1 or more, got {jobs}")
+    launcher = (
+        SlurmLauncher(out / "slurm", args.slurm) if args.launcher == "slurm" else LocalLauncher(jobs, devices)
+    )
+    run_sweep(sweep, out, launcher)
+    print((out / "results.md").read_text() + f"table, figure and numbers of every run: {out / 'results.*'}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "sweep": sweep_command,
+}
 
 
 def run(verb: str, arguments: Sequence[str] | None = None) -> int:

@@ -1,27 +1,28 @@
 """Many runs of one config: a grid or named rows, times seeds, each run in its own process and folder."""
 
-import csv
-import io
+import fcntl
 import itertools
-import json
 import os
-import queue
-import statistics
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
-from protoseg.config import UserError, load_config, to_plain
-from protoseg.report import write_text
-from protoseg.visualize import mean_of_known
+from protoseg.config import UserError, differing_keys, load_config, to_plain
+from protoseg.report import read_metrics, save_figure, write_text
+from protoseg.sweep_tables import Record, read_record, sweep_figure, to_csv, to_markdown
+from protoseg.trainer import OPERATIONAL, Interrupted, StopSignals
 
-COLUMNS = ("mIoU", "effective_k", "mean_intra_cosine", "parameters", "seconds_per_step")
+POLL = 0.5  # seconds between looks at the running jobs
 
 
 @dataclass(frozen=True)
@@ -41,159 +42,289 @@ class Sweep:
     seeds: int
 
 
+@dataclass
+class Task:
+    """One run of the sweep and where it stands."""
+
+    row: Row
+    seed: int
+    folder: Path
+    command: tuple[str, ...]  # arguments of `protoseg`
+    state: str = "waiting"  # waiting | running | done | failed
+    job: "Job | None" = field(default=None, repr=False)
+
+
+class Job(Protocol):
+    """A started run."""
+
+    def poll(self) -> int | None:
+        """Exit code, None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to write its checkpoint and leave."""
+
+
+class Launcher(Protocol):
+    """What starts runs: on this machine, or through a queue."""
+
+    def start(self, task: Task) -> Job | None:
+        """The started run, or None where there is no room for it yet."""
+
+
 def load_sweep(path: Path, vary: Sequence[str], seeds: int | None) -> Sweep:
     """A sweep from a run config and `--vary key=a,b` options, or from a sweep file.
 
-    A sweep file names a `config`, and `rows` (name → key: value) or `vary` (key → list), `overrides` for all
-    rows and `seeds`. Errors: UserError naming the file and key; every row's configuration is checked at once.
+    A sweep file names a `config` (relative to itself), `rows` (name → key: value) or `vary` (key → list),
+    `overrides` for all rows, and `seeds`. Errors: UserError naming the file and key; every row's
+    configuration is checked at once.
     """
     content = _read_yaml(path)
+    rows: list[Row] = []
+    grid: dict[str, list[str]] = {}
+    common: list[str] = []
+    config = path
     if "config" in content:
-        unknown = set(content) - {"config", "rows", "vary", "overrides", "seeds"}
+        unknown = sorted(set(content) - {"config", "rows", "vary", "overrides", "seeds"})
         if unknown:
             raise UserError(
-                f"{path}: unknown key {sorted(unknown)[0]};"
-                " a sweep file has config, rows, vary, overrides, seeds"
+                f"{path}: unknown key {unknown[0]}; a sweep file has config, rows, vary, overrides, seeds"
             )
-        config = Path(content["config"])
-        common = [f"{key}={_yaml(value)}" for key, value in content.get("overrides", {}).items()]
-        rows = [
-            Row(str(name), tuple(common + [f"{key}={_yaml(value)}" for key, value in (values or {}).items()]))
-            for name, values in content.get("rows", {}).items()
-        ]
+        config = path.parent / str(content["config"])
+        common = _settings(content.get("overrides"), f"{path}: overrides")
+        for name, values in (content.get("rows") or {}).items():
+            rows.append(Row(str(name), (*common, *_settings(values, f"{path}: rows: {name}"))))
         grid = {key: [_yaml(value) for value in values] for key, values in content.get("vary", {}).items()}
-        seeds = seeds or content.get("seeds", 1)
-    else:
-        config, rows, grid, common = path, [], {}, []
+        seeds = seeds or content.get("seeds")
     for option in vary:
-        key, equals, values = option.partition("=")
-        if not equals:
+        key, equals, text = option.partition("=")
+        if not equals or not text:
             raise UserError(f"--vary {option!r}: expected key=a,b,c")
-        grid[key] = values.split(",")
-    if grid:
-        rows += [
-            Row(
-                ", ".join(f"{key.split('.')[-1]}={value}" for key, value in zip(grid, values)),
-                tuple(common + [f"{key}={value}" for key, value in zip(grid, values)]),
-            )
-            for values in itertools.product(*grid.values())
-        ]
+        grid[key] = text.split(",")
+    for chosen in itertools.product(*grid.values()) if grid else ():
+        name = ", ".join(f"{key.split('.')[-1]}={value}" for key, value in zip(grid, chosen))
+        rows.append(Row(name, (*common, *(f"{key}={value}" for key, value in zip(grid, chosen)))))
     if not rows:
         raise UserError(f"{path}: nothing to compare; give --vary key=a,b,c or a sweep file with rows")
+    if seeds is not None and seeds < 1:
+        raise UserError(f"seeds: expected 1 or more, got {seeds}")
     for row in rows:
         load_config(config, row.overrides)
     return Sweep(config, tuple(rows), seeds or 1)
 
 
-def run_sweep(sweep: Sweep, out: Path, jobs: int = 1, devices: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Run what is not finished yet, `jobs` at a time; returns one record per run and writes the tables.
+def run_sweep(sweep: Sweep, out: Path, launcher: Launcher) -> list[Record]:
+    """Run what is not finished yet, then write results.csv, results.md and results.png into `out`.
 
-    A finished run (results.json of the same configuration) is skipped, a killed one goes on where it was.
+    A finished run (results.json made with the same configuration) is skipped, a killed one goes on where it
+    was. Ctrl-C and SIGTERM let the running ones write their checkpoints. Errors: UserError naming a failed
+    run, after all others have ended and the tables are written; Interrupted.
     """
-    free: queue.Queue[str] = queue.Queue()
-    for job in range(jobs):
-        free.put(devices[job % len(devices)] if devices else "")
-
-    def one(task: tuple[Row, int]) -> dict[str, Any] | None:
-        row, seed = task
-        folder = out / _slug(row.name) / f"seed{seed}"
-        overrides = [*row.overrides, f"train.seed={seed}"]
-        device = free.get()
-        try:
-            if not _is_finished(folder, sweep.config, overrides):
-                _run(sweep.config, folder, overrides, jobs, device)
-        finally:
-            free.put(device)
-        record = _record(row, seed, folder)
-        print(
-            f"{row.name}, seed {seed}: "
-            + (f"mIoU {record['mIoU']:.4f}" if record else f"FAILED, see {folder}/log.txt"),
-            flush=True,
-        )
-        return record
-
     out.mkdir(parents=True, exist_ok=True)
-    tasks = [(row, seed) for seed in range(sweep.seeds) for row in sweep.rows]
-    with ThreadPoolExecutor(jobs) as pool:
-        records = [record for record in pool.map(one, tasks) if record]
-    write_text(out / "results.csv", to_csv(records))
-    write_text(out / "results.md", to_markdown(sweep.rows, records))
+    tasks = _tasks(sweep, out)
+    with StopSignals() as signals:
+        _run_all(tasks, sweep, launcher, signals)
+    records = [read_record(t.row.name, t.seed, t.folder) for t in tasks if t.state == "done"]
+    if records:
+        names = [row.name for row in sweep.rows]
+        write_text(out / "results.csv", to_csv(records))
+        write_text(out / "results.md", to_markdown(names, records))
+        for suffix in ("png", "pdf"):
+            save_figure(sweep_figure(names, records), out / f"results.{suffix}")
+    failed = [task for task in tasks if task.state == "failed"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(tasks)} runs failed, the first is {failed[0].folder}:"
+            f" {_last_line(failed[0].folder)}; the same command tries them again"
+        )
     return records
 
 
-def to_csv(records: Sequence[dict[str, Any]]) -> str:
-    """One line per run."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["row", "seed", *COLUMNS], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+def _tasks(sweep: Sweep, out: Path) -> list[Task]:
+    """Seed 0 of every row comes first: an early look compares all rows."""
+    tasks = []
+    for seed in range(sweep.seeds):
+        for row in sweep.rows:
+            folder = out / _slug(row.name) / f"seed{seed}"
+            overrides = (*row.overrides, f"train.seed={seed}")
+            command = ("train", str(sweep.config), "--out", str(folder), "--resume", "auto", *overrides)
+            done = _is_finished(folder, sweep.config, overrides)
+            tasks.append(Task(row, seed, folder, command, "done" if done else "waiting"))
+    folders = {task.folder for task in tasks}
+    if len(folders) < len(tasks):
+        raise UserError("two rows of the sweep have the same name; give each its own")
+    return tasks
 
 
-def to_markdown(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> str:
-    """One line per row of the sweep: mean ± standard deviation over its seeds."""
-    lines = [
-        "| | mIoU % | effective K | intra-class cosine | parameters (M) | s/step | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        runs = [record for record in records if record["row"] == row.name]
-        cells = [
-            mean_sd([100 * run["mIoU"] for run in runs], 1),
-            mean_sd([run["effective_k"] for run in runs], 1),
-            mean_sd([run["mean_intra_cosine"] for run in runs], 2),
-            mean_sd([run["parameters"] / 1e6 for run in runs], 2, spread=False),
-            mean_sd([run["seconds_per_step"] for run in runs], 3, spread=False),
-            str(len(runs)),
-        ]
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def _run_all(tasks: list[Task], sweep: Sweep, launcher: Launcher, signals: StopSignals) -> None:
+    """Start runs as the launcher has room, until all are done or failed."""
+    console = Console()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            for task in tasks:
+                if task.state == "waiting":
+                    task.folder.mkdir(parents=True, exist_ok=True)
+                    task.job = launcher.start(task)
+                    task.state = "running" if task.job else "waiting"
+                elif task.state == "running" and task.job and task.job.poll() is not None:
+                    finished = _is_finished(task.folder, sweep.config, task.command[6:])
+                    task.state = "done" if finished else "failed"
+                    if not console.is_terminal:
+                        print(f"{task.row.name}, seed {task.seed}: {_standing(task)}", flush=True)
+            if console.is_terminal:
+                live.update(_table(sweep, tasks), refresh=True)
+            running = [task for task in tasks if task.state == "running"]
+            if signals.number is not None:
+                jobs = [task.job for task in running if task.job]
+                for job in jobs:
+                    job.stop()
+                while any(job.poll() is None for job in jobs):
+                    time.sleep(POLL)
+                raise Interrupted(
+                    "stopped; the same command goes on with what is not finished", signals.number
+                )
+            if not running and not any(task.state == "waiting" for task in tasks):
+                break
+            time.sleep(POLL)
+    console.print(_table(sweep, tasks))
 
 
-def mean_sd(values: Sequence[float], digits: int, spread: bool = True) -> str:
-    """`mean ± sample standard deviation`; a dash where nothing is known."""
-    known = [value for value in values if value == value]
-    if not known:
-        return "–"
-    text = f"{statistics.mean(known):.{digits}f}"
-    return f"{text} ± {statistics.stdev(known):.{digits}f}" if spread and len(known) > 1 else text
+class LocalLauncher:
+    """Runs on this machine, `jobs` at a time, each on the next free one of `devices` (CUDA numbers)."""
+
+    def __init__(self, jobs: int, devices: Sequence[str] = ()) -> None:
+        self.free = [devices[job % len(devices)] if devices else "" for job in range(jobs)]
+        self.threads = str(max(1, (os.cpu_count() or 1) // jobs))
+
+    def start(self, task: Task) -> "LocalJob | None":
+        """A process of its own; None while all places are taken, or a process left from an earlier sweep
+        still works in this folder."""
+        if not self.free:
+            return None
+        lock = open(task.folder / "lock", "w")  # noqa: SIM115 - the run inherits it, and so holds the lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        device = self.free.pop(0)
+        environment = {"OMP_NUM_THREADS": self.threads, **os.environ}
+        if device:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        with open(task.folder / "log.txt", "a") as log, lock:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "protoseg.cli", *task.command],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # Ctrl-C reaches the sweep, which passes it on once
+            )
+        return LocalJob(process, self.free, device)
 
 
-def _run(config: Path, folder: Path, overrides: Sequence[str], jobs: int, device: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    if device:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    command = [sys.executable, "-m", "protoseg.cli", "train", str(config), "--out", str(folder)]
-    with open(folder / "log.txt", "a") as log:
-        subprocess.run(
-            [*command, "--resume", "auto", *overrides], env=environment, stdout=log, stderr=log, check=False
-        )
+class LocalJob:
+    """A process on this machine; gives its device back when it has ended."""
+
+    def __init__(self, process: subprocess.Popen, free: list[str], device: str) -> None:
+        self.process, self.free, self.device = process, free, device
+
+    def poll(self) -> int | None:
+        """Exit code, None while it runs."""
+        code = self.process.poll()
+        if code is not None:
+            self.free.append(self.device)
+        return code
+
+    def stop(self) -> None:
+        """SIGTERM: the trainer ends the step in hand and writes its checkpoint."""
+        self.process.send_signal(signal.SIGTERM)
+
+
+class SlurmLauncher:
+    """Runs as jobs of a Slurm cluster, through submitit; the out folder must be seen by all machines."""
+
+    def __init__(self, folder: Path, options: Sequence[str]) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("--launcher slurm needs submitit; pip install 'protoseg[slurm]'") from None
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+            parameters = dict(option.split("=", 1) for option in options)
+            self.executor.update_parameters(
+                **{key: yaml.safe_load(value) for key, value in parameters.items()}
+            )
+        except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
+            raise UserError(
+                f"--launcher slurm: {str(error).splitlines()[0]}; run where sbatch is, with --slurm"
+                " name=value such as timeout_min=600 gpus_per_node=1 slurm_partition=gpu"
+            ) from None
+
+    def start(self, task: Task) -> "SlurmJob":
+        """Queued at once: Slurm decides when it runs."""
+        return SlurmJob(self.executor.submit(_train_into_log, task.command, task.folder / "log.txt"))
+
+
+class SlurmJob:
+    """A job in the queue."""
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+
+    def poll(self) -> int | None:
+        """0 once it has ended, however it ended: results.json tells."""
+        return 0 if self.job.done() else None
+
+    def stop(self) -> None:
+        """Take it out of the queue; the last checkpoint stays."""
+        self.job.cancel()
+
+
+def _train_into_log(command: Sequence[str], log: Path) -> int:
+    """What a Slurm job does."""
+    with open(log, "a") as file:
+        return subprocess.run(
+            [sys.executable, "-m", "protoseg.cli", *command], stdout=file, stderr=file, check=False
+        ).returncode
+
+
+def _table(sweep: Sweep, tasks: Sequence[Task]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("")
+    for seed in range(sweep.seeds):
+        table.add_column(f"seed {seed}", justify="right")
+    for row in sweep.rows:
+        table.add_row(row.name, *(_standing(task) for task in tasks if task.row == row))
+    return table
+
+
+def _standing(task: Task) -> str:
+    if task.state == "done":
+        return f"mIoU {100 * read_record(task.row.name, task.seed, task.folder).values['mIoU']:.2f}"
+    if task.state == "failed":
+        return f"FAILED: {task.folder / 'log.txt'}"
+    lines = read_metrics(task.folder) if task.state == "running" else []
+    return f"step {lines[-1]['step']}" if lines else task.state
 
 
 def _is_finished(folder: Path, config: Path, overrides: Sequence[str]) -> bool:
     if not (folder / "results.json").is_file():
         return False
     made_with = yaml.safe_load((folder / "config.yaml").read_text())
-    return made_with == to_plain(load_config(config, overrides))
+    differ = differing_keys(made_with, to_plain(load_config(config, overrides)))
+    return not [key for key in differ if not key.startswith(OPERATIONAL)]
 
 
-def _record(row: Row, seed: int, folder: Path) -> dict[str, Any] | None:
-    try:
-        results = json.loads((folder / "results.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    health = results.get("prototype_health", {"effective_k": [], "mean_intra_cosine": []})
-    return {
-        "row": row.name,
-        "seed": seed,
-        "mIoU": results["mIoU"],
-        "effective_k": mean_of_known(health["effective_k"]),
-        "mean_intra_cosine": mean_of_known(health["mean_intra_cosine"]),
-        "parameters": results["parameters"],
-        "seconds_per_step": results["seconds"] / results["step"],
-    }
+def _last_line(folder: Path) -> str:
+    log = folder / "log.txt"
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output, see its log.txt")
+
+
+def _settings(values: Any, where: str) -> list[str]:
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"{where}: expected `key.sub: value` lines, got {values!r:.60}")
+    return [f"{key}={_yaml(value)}" for key, value in (values or {}).items()]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

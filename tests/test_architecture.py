@@ -13,12 +13,16 @@ ORDER = [
     ["mit", "hrnet", "swin", "timm_features"],
     ["backbones"],
     ["heads"],
-    ["losses", "clustering"],
+    ["losses", "scores"],
+    ["clustering"],
+    ["editing"],
     ["memory"],
     ["sampling"],
     ["prototypes", "contrast"],
+    ["official"],
     ["model"],
     ["weight_names"],
+    ["weight_names_heads"],
     ["weights"],
     ["optim", "checkpoint"],
     ["inference", "evaluate"],
@@ -26,10 +30,11 @@ ORDER = [
     ["report"],
     ["step"],
     ["trainer"],
+    ["sweep_tables"],
     ["sweep"],
     ["cli"],
 ]
-TORCH_ONLY = ["losses", "clustering", "prototypes", "memory", "sampling", "contrast"]
+TORCH_ONLY = ["losses", "scores", "clustering", "editing", "prototypes", "memory", "sampling", "contrast"]
 POSITION = {name: i for i, group in enumerate(ORDER) for name in group}
 
 
