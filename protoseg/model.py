@@ -17,6 +17,7 @@ from protoseg.config import Config
 from protoseg.data.datasets import DATASETS
 from protoseg.heads import build_decode_head
 from protoseg.losses import downsample_labels, loss_scale, upsampled_cross_entropy
+from protoseg.official import OfficialHead
 from protoseg.prototypes import PrototypeHead, TrainingOutput
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0…255
@@ -168,7 +169,8 @@ def build_model(
         classifier = LinearClassifier(dim, num_classes)
     else:
         p = config.prototypes
-        classifier = PrototypeHead(
+        head_class = OfficialHead if config.preset == "official" else PrototypeHead
+        classifier = head_class(
             dim,
             num_classes,
             p.num_per_class,

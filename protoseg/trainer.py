@@ -31,6 +31,7 @@ from protoseg.report import (
 )
 from protoseg.step import Run, build_run, train_step, unseen_classes
 from protoseg.visualize import sample_figure
+from protoseg.weights import load_backbone_weights
 
 # Keys that may differ between a run and its continuation: they do not change what is learned.
 OPERATIONAL = ("data.root", "data.workers", "eval.", "checkpoint.", "train.log_interval")
@@ -62,6 +63,10 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
     run = build_run(config, train_set.classes, train_set.palette, device)
     if content is not None and checkpoint is not None:
         restore(run, content, checkpoint)
+    else:
+        report = load_backbone_weights(run.model.backbone, config.backbone.name, config.backbone.weights)
+        if report and distributed.is_main():
+            print(report)
     log = None
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)

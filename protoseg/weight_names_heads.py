@@ -116,6 +116,6 @@ OFFICIAL_RULES: Rules = (
     (r"cls_head\.1\.(\w+)", r"decode_head.norm.\1"),
     (r"proj_head\.proj\.([02]\.\w+)", r"classifier.projection.\1"),
     (r"feat_norm\.(\w+)", r"classifier.feature_norm.\1"),
-    (r"mask_norm\.(\w+)", r"classifier.mask_norm.\1"),
+    (r"mask_norm\.(\w+)", r"classifier.norm_\1"),
     (r"prototypes", r"classifier.prototypes"),
 )
