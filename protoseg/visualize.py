@@ -7,10 +7,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
 
 Palette = Sequence[tuple[int, int, int]]
 IGNORED_COLOUR = (255, 255, 255)
 RIGHT, WRONG = (222, 226, 230), (200, 30, 60)
+# Where two models differ: told apart by every eye and in grey.
+ONLY_FIRST, ONLY_SECOND, BOTH_WRONG = (0, 114, 178), (240, 170, 20), (90, 90, 90)
 
 
 def colourise(label: NDArray, palette: Palette) -> NDArray[np.uint8]:
@@ -23,6 +27,46 @@ def error_map(label: NDArray, prediction: NDArray, ignore_index: int) -> NDArray
     """(H, W, 3): grey where the prediction is right, red where it is wrong, white where nobody knows."""
     picture = np.where((label == prediction)[..., None], np.array(RIGHT, np.uint8), np.array(WRONG, np.uint8))
     return np.where((label == ignore_index)[..., None], np.array(IGNORED_COLOUR, np.uint8), picture)
+
+
+def difference_map(label: NDArray, first: NDArray, second: NDArray, ignore_index: int) -> NDArray[np.uint8]:
+    """(H, W, 3): blue where only the first prediction is right, orange where only the second is, dark grey
+    where both are wrong in different ways, pale where they agree, white where nobody knows."""
+    picture = np.full((*label.shape, 3), RIGHT, np.uint8)
+    differ = first != second
+    picture[differ] = BOTH_WRONG
+    picture[differ & (first == label)] = ONLY_FIRST
+    picture[differ & (second == label)] = ONLY_SECOND
+    picture[label == ignore_index] = IGNORED_COLOUR
+    return picture
+
+
+def shades(palette: Palette, num_prototypes: int) -> NDArray[np.uint8]:
+    """(C, K, 3): each prototype its own shade of the class's colour, from dark to light."""
+    colours_C3 = np.array(palette, dtype=np.float64)
+    if num_prototypes == 1:
+        return colours_C3[:, None].astype(np.uint8)
+    place_K = np.linspace(-1, 1, num_prototypes)[None, :, None]
+    darker = colours_C3[:, None] * (1 + 0.6 * np.minimum(place_K, 0))
+    return np.round(darker + (255 - darker) * 0.65 * np.maximum(place_K, 0)).astype(np.uint8)
+
+
+def enlarged(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(h, w, 3) → (*size, 3), every pixel a block: no colours that were not there."""
+    rows = np.arange(size[0]) * picture.shape[0] // size[0]
+    columns = np.arange(size[1]) * picture.shape[1] // size[1]
+    return picture[np.ix_(rows, columns)]
+
+
+def outlined(picture: NDArray[np.uint8], matched: NDArray[np.bool_], side: int) -> NDArray[np.uint8]:
+    """A picture (s, s, 3) at `side` pixels with the matched pixels (s, s) outlined in white on black."""
+    large = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)).copy()
+    inside = enlarged(matched[..., None], (side, side))[..., 0]
+    white = inside & ~ndimage.binary_erosion(inside, border_value=1)
+    near = ndimage.binary_dilation(white, structure=np.ones((3, 3)))
+    large[near] = (large[near] * 0.25).astype(np.uint8)
+    large[white] = 255
+    return large
 
 
 def sample_figure(

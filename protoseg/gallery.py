@@ -1,0 +1,275 @@
+"""`vis_prototypes`: a trained run → a folder of figures and the explorer page."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from protoseg import distributed
+from protoseg.atlas import Pixels, Sample, Survey, read_samples, similarity_maps, spread_indices, survey
+from protoseg.checkpoint import find_checkpoint, load_segmenter
+from protoseg.config import Config, UserError, config_from, merge, parse_override, to_plain
+from protoseg.explorer import FigureEntry, explorer_page
+from protoseg.figures import (
+    assignment_figure,
+    comparison_figure,
+    cosine_figure,
+    embedding_figure,
+    health_figure,
+    patches_figure,
+    project,
+    similarity_figure,
+    which_prototype_figure,
+)
+from protoseg.model import Segmenter
+from protoseg.report import read_metrics, save_figure, write_text
+from protoseg.trainer import open_dataset
+from protoseg.visualize import outlined
+
+ROWS = 4  # samples in a figure
+MOST_POINTS = 1500  # pixels in an embedding figure
+MOST_CLASSES = 20  # classes in an embedding figure, and classes with a patches figure
+PATCH_SIDE = 112  # pixels
+
+
+class Loaded(NamedTuple):
+    """A trained run, ready to be looked at."""
+
+    name: str
+    folder: Path
+    model: Segmenter
+    config: Config
+    step: int
+    classes: list[str]
+    palette: list[tuple[int, int, int]]
+
+
+def write_gallery(
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    split: str = "train",
+    suffix: str = "png",
+    images: int = 400,
+    samples: int = 8,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Look at `images` images of the split and `samples` of the validation split → the page's path.
+
+    The first run must have prototypes; the second one, if any, is set beside it. Errors: UserError.
+    """
+    device = distributed.setup()
+    loaded = [_load(run, overrides, device) for run in runs]
+    first = loaded[0]
+    head = first.model.prototypes
+    if head is None:
+        raise UserError(f"{runs[0]}: a linear classifier has no prototypes; give a prototype run first")
+    if len({tuple(run.classes) for run in loaded}) > 1:
+        raise UserError(f"{runs[1]}: trained on other classes than {runs[0]}; compare runs on the same data")
+    out = out or first.folder / "prototypes"
+    out.mkdir(parents=True, exist_ok=True)
+    seen = open_dataset(first.config, split)
+    val = open_dataset(first.config, first.config.data.val_split)
+    if list(seen.classes) != first.classes:
+        raise UserError(f"{runs[0]}: the {split} split has other classes than the run was trained on")
+    print(f"{runs[0]}: looking at {min(images, len(seen))} images of {split}", flush=True)
+    per_class = max(10, MOST_POINTS // min(len(first.classes), MOST_CLASSES))
+    surveys = [
+        survey(run.model, seen, spread_indices(len(seen), images), per_class=per_class) for run in loaded
+    ]
+    deeds = surveys[0][0]
+    assert deeds is not None, "a run with prototypes has a survey"
+    shown = [read_samples(run.model, val, spread_indices(len(val), samples)) for run in loaded]
+
+    protos_CKD = head.prototypes.detach().float().cpu().numpy()
+    live_C = head.initialized.cpu().numpy()
+    entries: list[FigureEntry] = []
+
+    def add(name: str, title: str, caption: str, figure: Figure, in_page: bool = True) -> None:
+        with rc_context({"pdf.fonttype": 42}):  # text stays text
+            save_figure(figure, out / f"{name}.{suffix}")
+        if in_page:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=130)
+            entries.append(FigureEntry(title, caption, buffer.getvalue()))
+
+    _sample_figures(add, loaded, shown, protos_CKD, val.ignore_index)
+    _prototype_figures(add, loaded, [pixels for _, pixels in surveys], deeds, protos_CKD, live_C)
+    _patch_figures(add, first, deeds, live_C)
+    page = explorer_page(
+        title=f"Prototypes of {first.name}",
+        about=f"{first.config.data.name}, {len(first.classes)} classes × {head.num_prototypes} prototypes,"
+        f" step {first.step}{_score(first.folder)}. Patches and numbers from {min(images, len(seen))} images"
+        f" of {split}; samples from {first.config.data.val_split}."
+        + (f" Beside it: {loaded[1].name}." if len(loaded) > 1 else ""),
+        classes=first.classes,
+        palette=first.palette,
+        protos_CKD=protos_CKD,
+        live_C=live_C,
+        survey=deeds,
+        samples=shown[0],
+        names=(first.name, loaded[1].name if len(loaded) > 1 else None),
+        second=[sample.prediction for sample in shown[1]] if len(loaded) > 1 else (),
+        figures=entries,
+    )
+    write_text(out / "index.html", page)
+    size = (out / "index.html").stat().st_size / 1e6
+    print(f"{out}: figures and index.html ({size:.1f} MB); open it in a browser")
+    return out / "index.html"
+
+
+Add = Callable[..., None]
+
+
+def _sample_figures(
+    add: Add,
+    loaded: Sequence[Loaded],
+    shown: Sequence[Sequence[Sample]],
+    protos_CKD: np.ndarray,
+    ignore_index: int,
+) -> None:
+    """Figures of the sample images."""
+    first, num_prototypes = loaded[0], protos_CKD.shape[1]
+    same_size = [s for s in shown[0] if s.image.shape == shown[0][0].image.shape][:ROWS]
+    add(
+        "which_prototype",
+        "Which prototype",
+        "Each prototype is its own shade of its class's colour, with its number in it.",
+        which_prototype_figure(
+            [(s.image, s.label, s.prediction, s.nearest) for s in same_size],
+            first.classes,
+            first.palette,
+            num_prototypes,
+        ),
+    )
+    rows = []
+    for sample in same_size:
+        c = _richest_class(sample, num_prototypes)
+        kept = min(num_prototypes, 8)
+        rows.append((sample.image, first.classes[c], similarity_maps(sample.emb_hwD, protos_CKD[c, :kept])))
+    add(
+        "similarity",
+        "Similarity maps",
+        "Cosine of every pixel with each prototype of the class with most prototypes at work in the image.",
+        similarity_figure(rows),
+    )
+    if len(loaded) > 1:
+        pairs = [(a, b) for a, b in zip(*shown) if a.image.shape == same_size[0].image.shape][:ROWS]
+        add(
+            "comparison",
+            "Two models",
+            f"{loaded[0].name} and {loaded[1].name} on the same images, and where they differ.",
+            comparison_figure(
+                [(a.image, a.label, a.prediction, b.prediction) for a, b in pairs],
+                (loaded[0].name, loaded[1].name),
+                first.classes,
+                first.palette,
+                ignore_index,
+            ),
+        )
+
+
+def _prototype_figures(
+    add: Add,
+    loaded: Sequence[Loaded],
+    pixels: Sequence[Pixels],
+    deeds: Survey,
+    protos_CKD: np.ndarray,
+    live_C: np.ndarray,
+) -> None:
+    """Figures of the prototypes themselves."""
+    first = loaded[0]
+    often = set(np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES].tolist())
+    columns = []
+    for run, points in zip(loaded, pixels):
+        head = run.model.prototypes
+        keep_N = np.isin(points.label_N, list(often))
+        owner_M, protos_MD = np.zeros(0, np.int64), np.zeros((0, points.emb_ND.shape[1]), np.float32)
+        if head is not None:
+            chosen = [c for c in sorted(often) if bool(head.initialized[c])]
+            protos_MD = head.prototypes.detach().float().cpu().numpy()[chosen].reshape(-1, head.dim)
+            owner_M = np.repeat(np.array(chosen), head.num_prototypes)
+        label_N = points.label_N[keep_N]
+        columns.append((run.name, project(points.emb_ND[keep_N], protos_MD), label_N, owner_M))
+    add(
+        "embedding",
+        "Embedding space",
+        "Class-balanced training pixels (dots) and prototypes (diamonds); embeddings have unit length.",
+        embedding_figure(columns, first.classes, first.palette),
+    )
+    alive = np.flatnonzero(live_C)
+    names = [first.classes[c] for c in alive]
+    add(
+        "cosines",
+        "Prototypes among each other",
+        "Cosines between all prototypes, in blocks of one class; their spread within and between classes.",
+        cosine_figure(protos_CKD[alive], names),
+    )
+    add(
+        "assignments",
+        "Assignment",
+        "How each class's training pixels are shared out among its prototypes.",
+        assignment_figure(deeds.share_CK[alive], names, [first.palette[c] for c in alive]),
+    )
+    lines = read_metrics(first.folder)
+    if sum("prototype_health" in line for line in lines) > 1:
+        add(
+            "health",
+            "Health over training",
+            "Line: mean over classes; band: from the smallest to the largest class value.",
+            health_figure(lines),
+        )
+
+
+def _patch_figures(add: Add, run: Loaded, deeds: Survey, live_C: np.ndarray) -> None:
+    """One figure per class; the explorer has all of them anyway."""
+    num_prototypes = deeds.share_CK.shape[1]
+    often = np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES]
+    for c in (c for c in often.tolist() if live_C[c]):
+        rows = []
+        for k in range(num_prototypes):
+            share, precision, cosine = (
+                table[c, k] for table in (deeds.share_CK, deeds.precision_CK, deeds.cosine_CK)
+            )
+            caption = f"prototype {k + 1}\nshare {share:.0%}\nprecision {precision:.0%}\ncosine {cosine:.2f}"
+            patches = [
+                (
+                    outlined(patch.picture, patch.matched, PATCH_SIDE),
+                    f"{patch.cosine:.2f}" + (f"  is {run.classes[patch.label]}" if patch.label != c else ""),
+                )
+                for patch in deeds.patches[c * num_prototypes + k]
+            ]
+            rows.append((caption.replace("nan%", "–").replace("nan", "–"), patches))
+        name = "".join(letter if letter.isalnum() else "_" for letter in run.classes[c])
+        title = f"class {run.classes[c]}: nearest training pixels, one per image"
+        add(f"patches_{c:03d}_{name}", title, "", patches_figure(title, rows), in_page=False)
+
+
+def _richest_class(sample: Sample, num_prototypes: int) -> int:
+    """The class with the most prototypes at work in an image; ties go to the one with fewer pixels."""
+    numbers, counts = np.unique(sample.nearest, return_counts=True)
+    working = numbers[counts >= 3] if (counts >= 3).any() else numbers
+    classes = working // num_prototypes
+    size = {c: int((sample.nearest // num_prototypes == c).sum()) for c in classes.tolist()}
+    return max(size, key=lambda c: (int((classes == c).sum()), -size[c]))
+
+
+def _score(folder: Path) -> str:
+    evaluations = [line for line in read_metrics(folder) if line["kind"] == "eval"]
+    return f", mIoU {100 * evaluations[-1]['mIoU']:.1f} %" if evaluations else ""
+
+
+def _load(path: Path, overrides: Sequence[str], device: torch.device) -> Loaded:
+    model, config, content = load_segmenter(path)
+    for override in overrides:
+        config = config_from(merge(to_plain(config), parse_override(override)), f"override {override!r}")
+    folder = find_checkpoint(path).parent
+    palette = [(int(r), int(g), int(b)) for r, g, b in content["palette"]]
+    return Loaded(
+        folder.resolve().name, folder, model.to(device), config, content["step"], content["classes"], palette
+    )

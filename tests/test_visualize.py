@@ -1,0 +1,231 @@
+"""Pictures, figures, and what is collected for them; the planted set shows its three looks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from planted import LOOKS, SIZE, SQUARE, PlantedSet, planted_model
+
+from protoseg.atlas import (
+    crop_around,
+    nearest,
+    read_samples,
+    similarity_maps,
+    spread_indices,
+    survey,
+)
+from protoseg.cli import run as command
+from protoseg.data.palette import default_palette
+from protoseg.figures import (
+    assignment_figure,
+    cosine_figure,
+    embedding_figure,
+    health_figure,
+    project,
+    which_prototype_figure,
+)
+from protoseg.visualize import ONLY_FIRST, ONLY_SECOND, difference_map, enlarged, outlined, shades
+
+
+def test_planted_looks_get_a_prototype_each() -> None:
+    model, data = planted_model(), PlantedSet()
+    deeds, pixels = survey(model, data, range(len(data)), patches=4, per_class=50)
+    assert deeds is not None
+    looks_found = []
+    for k in range(3):
+        patches = deeds.patches[1 * 3 + k]
+        assert len(patches) == 4
+        looks = {patch.image % 3 for patch in patches}
+        assert len(looks) == 1, f"prototype {k} of the class mixes looks {looks}"
+        looks_found.append(looks.pop())
+        assert len({patch.image for patch in patches}) == 4, "one patch per image"
+        for patch in patches:
+            # All matched pixels of the crop are of the look's colour, and nothing else in it is.
+            distance = np.abs(patch.picture.astype(int) - LOOKS[looks_found[-1]].numpy()).max(-1)
+            assert np.array_equal(distance <= 20, patch.matched), patch.name
+            assert patch.label == 1
+        assert [patch.cosine for patch in patches] == sorted((p.cosine for p in patches), reverse=True)
+    assert sorted(looks_found) == [0, 1, 2]
+    assert deeds.share_CK[1] == pytest.approx([1 / 3] * 3, abs=0.01)
+    assert deeds.precision_CK[1] == pytest.approx([1.0] * 3)
+    assert deeds.won_CK[1].sum() == 30 * (SQUARE // 4) ** 2 - ignored_cells(data)
+    assert np.bincount(pixels.label_N).tolist() == [50, 50]
+
+
+def ignored_cells(data: PlantedSet) -> int:
+    """Cells of squares that lie at the image's ignored first row, where a cell's centre is not: none."""
+    return sum(int((data.label(i)[2::4, 2::4] == 255).sum()) for i in range(len(data)))
+
+
+def test_survey_counts_like_a_loop() -> None:
+    """Share, precision and cosine against loops over the pixels, with prototypes that are often wrong."""
+    model, data = planted_model(2), PlantedSet()
+    assert model.prototypes is not None
+    torch.manual_seed(1)
+    model.prototypes.prototypes.copy_(torch.nn.functional.normalize(torch.randn(2, 2, 4), dim=-1))
+    protos = model.prototypes.prototypes.double().numpy()
+    deeds, _ = survey(model, data, [0, 1, 2])
+    assert deeds is not None
+    won, right, own, cosine = (np.zeros((2, 2)) for _ in range(4))
+    for index in (0, 1, 2):
+        image, label = data.read(index)
+        values = (image.double() - model.mean[0]) / model.std[0]
+        for y in range(0, SIZE, 4):
+            for x in range(0, SIZE, 4):
+                c = int(label[y + 2, x + 2])
+                if c == 255:
+                    continue
+                emb = np.append(values[:, y : y + 4, x : x + 4].mean((1, 2)).numpy(), 0.6)
+                emb /= np.linalg.norm(emb)
+                sims = protos @ emb
+                best = np.unravel_index(sims.argmax(), sims.shape)
+                won[best] += 1
+                right[best] += best[0] == c
+                own[c, sims[c].argmax()] += 1
+                cosine[c, sims[c].argmax()] += sims[c].max()
+    assert deeds.won_CK.tolist() == won.tolist()
+    assert deeds.share_CK == pytest.approx(own / own.sum(1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        assert deeds.precision_CK == pytest.approx(right / won, nan_ok=True)
+        assert deeds.cosine_CK == pytest.approx(cosine / own, abs=1e-5, nan_ok=True)
+
+
+def test_samples_answer_what_the_page_asks() -> None:
+    model, data = planted_model(), PlantedSet()
+    assert model.prototypes is not None
+    (sample,) = read_samples(model, data, [4])
+    protos = model.prototypes.prototypes.flatten(0, 1).numpy()
+    maps = similarity_maps(sample.emb_hwD, protos)
+    assert np.array_equal(maps.argmax(0), sample.nearest)
+    classes = maps.reshape(2, 3, *maps.shape[1:]).max(1)
+    assert np.array_equal(sample.classes[..., 0], classes.argmax(0))
+    assert sample.scores[..., 0] == pytest.approx(classes.max(0), abs=1e-5)
+    assert sample.scores[..., 1] == pytest.approx(classes.min(0), abs=1e-5)
+    assert np.array_equal(sample.nearest // 3, sample.classes[..., 0])
+    top, left = data.corner(4)
+    assert sample.prediction[top + 8, left + 8] == 1
+    assert similarity_maps(sample.emb_hwD, protos, (3, 5)).shape == (6, 3, 5)
+
+
+def test_classes_without_prototypes_take_no_pixel() -> None:
+    emb = torch.nn.functional.normalize(torch.randn(50, 4), dim=1)
+    protos = torch.nn.functional.normalize(torch.randn(3, 2, 4), dim=-1)
+    found = nearest(emb, protos, torch.zeros(50, dtype=torch.long), torch.tensor([True, False, True]))
+    assert set((found.winner_N // 2).tolist()) <= {0, 2}
+    assert torch.equal(found.own_N, (emb @ protos[0].t()).argmax(1))
+
+
+@pytest.mark.parametrize("cell", [(0, 0), (5, 11), (2, 6)])
+def test_crops_hold_their_pixel(cell: tuple[int, int]) -> None:
+    image = torch.arange(24 * 48).view(1, 24, 48).expand(3, -1, -1) % 251
+    won = np.zeros((6, 12), dtype=bool)
+    won[cell] = True
+    picture, matched = crop_around(image.to(torch.uint8), won, cell)
+    assert picture.shape == (24, 24, 3)
+    assert matched.shape == (24, 24)
+    assert matched.sum() == 16
+    y, x = np.argwhere(matched)[0]
+    assert picture[y, x, 0] == image[0, cell[0] * 4, cell[1] * 4]
+
+
+def test_spread_indices() -> None:
+    assert spread_indices(10, 3) == [0, 3, 6]
+    assert spread_indices(2, 5) == [0, 1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 10, 20])
+def test_shades_differ_even_for_black_and_white(count: int) -> None:
+    made = shades(((0, 0, 0), (255, 255, 255), (230, 25, 75)), count)
+    assert made.shape == (3, count, 3)
+    for each in made:
+        assert len({tuple(colour) for colour in each.tolist()}) >= max(1, count // 2)
+
+
+def test_difference_map_and_outline() -> None:
+    label = np.array([[0, 0, 1, 255]])
+    first, second = np.array([[0, 1, 0, 0]]), np.array([[1, 0, 0, 1]])
+    picture = difference_map(label, first, second, 255)
+    assert [tuple(colour) for colour in picture[0, :2].tolist()] == [ONLY_FIRST, ONLY_SECOND]
+    assert picture[0, 3].tolist() == [255, 255, 255]
+    matched = np.zeros((4, 4), dtype=bool)
+    matched[1:3, 1:3] = True
+    large = outlined(np.full((4, 4, 3), 100, np.uint8), matched, 40)
+    assert (large[10, 15:25] == 255).all(), "the edge of the matched pixels is white"
+    assert (large[20, 20] == 100).all(), "inside, the picture stays"
+    assert (large[2, 2] == 100).all()
+    assert np.array_equal(enlarged(np.arange(12, dtype=np.uint8).reshape(2, 2, 3), (4, 6))[3, 5], [9, 10, 11])
+
+
+def test_default_colours_stay_apart_for_red_green_blind_eyes() -> None:
+    colours = np.array(default_palette(11), dtype=float)
+    red_green = colours @ np.array([[0.2928, 0.2928, -0.0223], [0.7072, 0.7072, 0.0223], [0, 0, 1]])
+    apart = np.linalg.norm(red_green[:, None] - red_green[None], axis=-1)[np.triu_indices(11, 1)]
+    assert apart.min() > 25
+
+
+def test_figures_show_their_numbers() -> None:
+    protos = np.eye(6, dtype=np.float32).reshape(3, 2, 6)
+    matrix, _, _ = cosine_figure(protos, ["a", "b", "c"]).axes
+    assert np.array_equal(matrix.images[0].get_array(), np.eye(6))
+    share = np.array([[0.25, 0.75], [1.0, 0.0]])
+    bars, effective = assignment_figure(share, ["a", "b"], ((200, 0, 0), (0, 0, 200))).axes
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([75, 100, 25, 0])
+    assert effective.lines[0].get_xdata() == pytest.approx([np.exp(0.5623), 1.0], abs=1e-3)
+    health = {key: [1.0, None, 3.0] for key in ("effective_k", "mean_intra_cosine", "churn", "dead")}
+    axes = health_figure([{"step": s, "prototype_health": health} for s in (1, 2)]).axes
+    assert axes[0].lines[0].get_ydata().tolist() == [2.0, 2.0]
+    image, ids = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), int)
+    figure = which_prototype_figure(
+        [(image, ids, ids, np.ones((4, 4), int))], ["a"], ((9, 9, 9),), num_prototypes=2
+    )
+    assert [text.get_text() for text in figure.axes[3].texts] == ["2"], (
+        "regions carry their prototype's number"
+    )
+
+
+def test_projection_keeps_pixels_and_prototypes_apart() -> None:
+    rng = np.random.default_rng(0)
+    emb = rng.normal(size=(40, 8)).astype(np.float32)
+    made = project(emb, emb[:3])
+    for name in ("t-SNE", "PCA"):
+        pixels, prototypes = made[name]
+        assert pixels.shape == (40, 2)
+        assert prototypes.shape == (3, 2)
+    assert made["PCA"][1] == pytest.approx(made["PCA"][0][:3], abs=1e-4), "one projection for both"
+    figure = embedding_figure([("run", made, np.zeros(40, int), np.zeros(3, int))], ["a"], ((9, 9, 9),))
+    assert [axes.get_title() for axes in figure.axes] == ["run, t-SNE", "run, PCA"]
+
+
+TINY: dict[str, Any] = {
+    "data": {"name": "digits", "crop": [48, 48], "batch_size": 2, "workers": 0, "flip": 0},
+    "decode_head": {"dim": 8},
+    "prototypes": {"num_per_class": 2},
+    "train": {"iterations": 4},
+    "eval": {"interval": 2, "samples": 0},
+}
+
+
+def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    ours, linear = tmp_path / "ours", tmp_path / "linear"
+    assert command("train", [str(config), "--out", str(ours)]) == 0
+    assert command("train", [str(config), "--out", str(linear), "classifier=linear"]) == 0
+    few = ["--images", "6", "--samples", "2"]
+    assert command("vis_prototypes", [str(linear), *few]) == 2
+    assert "a linear classifier has no prototypes" in capsys.readouterr().err
+    assert command("vis_prototypes", [str(ours), str(linear), "--format", "pdf", *few]) == 0
+    out = ours / "prototypes"
+    names = {"which_prototype", "similarity", "comparison", "embedding", "cosines", "assignments", "health"}
+    made = {path.stem for path in out.glob("*.pdf")}
+    assert names <= made
+    assert {name for name in made - names if name.startswith("patches_")} == made - names
+    assert all(path.read_bytes().startswith(b"%PDF") for path in out.glob("*.pdf"))
+    page = (out / "index.html").read_text()
+    assert len(page) < 30e6
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "prediction of" in page
