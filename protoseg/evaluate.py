@@ -57,6 +57,13 @@ def none_if_nan(value: float) -> float | None:
     return None if value != value else value
 
 
+def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """(C, C) pixel counts of int64 maps, row = label, column = prediction; ignored pixels are left out."""
+    return multiclass_confusion_matrix(
+        prediction, target, num_classes, ignore_index=ignore_index, validate_args=False
+    )
+
+
 def evaluate(
     predict: Callable[[Tensor, tuple[int, int]], Tensor],
     samples: Iterable[tuple[Tensor, Tensor, int, str]],
@@ -74,9 +81,7 @@ def evaluate(
     for image, label, index, name in samples:
         target = label.to(device).long()
         prediction = predict(image.to(device), (label.shape[-2], label.shape[-1]))
-        confusion += multiclass_confusion_matrix(
-            prediction, target, len(classes), ignore_index=ignore_index, validate_args=False
-        )
+        confusion += confusion_matrix(prediction, target, len(classes), ignore_index)
         if on_sample is not None:
             on_sample(index, name, image, label, prediction.cpu())
     return Scores(classes, all_reduce(confusion).cpu())

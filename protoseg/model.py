@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoseg.backbones import Backbone, build_backbone
 from protoseg.config import Config
-from protoseg.data.datasets import DATASETS
+from protoseg.data.datasets import DATASETS, dataset_spec
 from protoseg.heads import build_decode_head
 from protoseg.losses import downsample_labels, loss_scale, upsampled_cross_entropy
 from protoseg.official import OfficialHead
@@ -146,7 +146,7 @@ def build_model(
     all_reduce: Callable[[Tensor, str], Tensor] | None = None,
 ) -> Segmenter:
     """The model that a configuration describes; `num_classes` defaults to the dataset's."""
-    spec = DATASETS[config.data.name]
+    spec = DATASETS.get(config.data.name) or dataset_spec(config.data.name)  # the latter says what is known
     num_classes = num_classes or len(config.data.classes or spec.classes)
     ignore_index = spec.ignore_index if config.data.ignore_index is None else config.data.ignore_index
     backbone = build_backbone(

@@ -1,0 +1,61 @@
+"""A dataset of a few small pictures and an untrained model for it, for the tests of commands."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from protoseg.checkpoint import save_checkpoint
+from protoseg.config import config_from, to_plain
+from protoseg.model import Segmenter, build_model
+
+CLASSES = ["road", "car", "tree"]
+PALETTE = [(128, 64, 128), (0, 0, 142), (107, 142, 35)]
+SIZES = [(40, 56), (33, 47), (64, 64)]  # height, width
+
+
+def tiny_config(root: Path, **changes: Any) -> dict[str, Any]:
+    """Plain configuration of a small prototype model on the folder dataset at `root`."""
+    data = {"name": "folder", "root": str(root), "classes": CLASSES, "palette": PALETTE, "workers": 0}
+    values = {
+        "data": data,
+        "decode_head": {"dim": 8},
+        "prototypes": {"num_per_class": 3, "start": "random"},
+    }
+    return values | changes
+
+
+def write_folder(root: Path, splits: tuple[str, ...] = ("train", "val")) -> None:
+    """Images and labels of every class, with some ignored pixels."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i, (height, width) in enumerate(SIZES):
+            label = rng.integers(0, len(CLASSES), (4, 4)).repeat(-(-height // 4), 0).repeat(-(-width // 4), 1)
+            label = label[:height, :width].astype(np.uint8)
+            image = np.array(PALETTE, np.uint8)[label] // 2 + rng.integers(
+                0, 90, (height, width, 3), np.uint8
+            )
+            label[:3] = 255
+            Image.fromarray(image).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(label).save(root / "labels" / split / f"{i}.png")
+
+
+def write_checkpoint(path: Path, values: dict[str, Any], seed: int = 0) -> Segmenter:
+    """An untrained model of this configuration as a checkpoint; returns it in eval mode."""
+    config = config_from(values, "test")
+    torch.manual_seed(seed)
+    model = build_model(config, len(CLASSES)).eval()
+    content = {
+        "config": to_plain(config),
+        "classes": CLASSES,
+        "palette": [list(colour) for colour in PALETTE],
+        "step": 0,
+        "model": model.state_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, content)
+    return model
