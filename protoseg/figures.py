@@ -54,20 +54,20 @@ def similarity_figure(rows: Sequence[tuple[NDArray, str, NDArray]]) -> Figure:
     prototype of the class, one colour scale for all."""
     count = len(rows[0][2])
     shape = rows[0][0].shape
-    width = 7.0 / (count + 1)
+    width = 6.1 / (count + 1)
     figure = Figure(
         figsize=(7.0, 0.5 + len(rows) * (width * shape[0] / shape[1] + 0.1)), layout="constrained", dpi=DPI
     )
     grid = figure.subplots(len(rows), count + 1, squeeze=False)
     low = min(float(maps.min()) for *_, maps in rows)
     heat = None
-    for line, (image, name, maps) in zip(grid, rows):
+    for row, (line, (image, name, maps)) in enumerate(zip(grid, rows)):
         line[0].imshow(image)
         line[0].set_ylabel(f"class {name}", fontsize=7)
         for k, (axes, heat_map) in enumerate(zip(line[1:], maps)):
             extent = (0, image.shape[1], image.shape[0], 0)
             heat = axes.imshow(heat_map, cmap=HEAT, vmin=low, vmax=1, extent=extent, interpolation="bilinear")
-            if line is grid[0]:
+            if row == 0:
                 axes.set_title(f"prototype {k + 1}", fontsize=7)
     _bare(grid)
     bar = figure.colorbar(heat, ax=grid, shrink=0.7, pad=0.01, aspect=30)  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def cosine_figure(protos_CKD: NDArray, classes: Sequence[str]) -> Figure:
     left.tick_params(length=0)
     upper = np.triu(np.ones_like(cosines, dtype=bool), 1)
     same = owner[:, None] == owner[None]
-    bins = np.linspace(min(-0.2, float(cosines.min())), 1, 41).tolist()
+    bins = np.linspace(float(cosines.min()), 1, 41).tolist()
     right.hist(
         cosines[upper & ~same], bins, density=True, color="#d55e00", alpha=0.6, label="different classes"
     )
@@ -235,10 +235,18 @@ def health_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         axes.fill_between(
             steps, np.nanmin(values, 1), np.nanmax(values, 1), color="#0072b2", alpha=0.2, linewidth=0
         )
-        axes.plot(steps, np.nanmean(values, 1), color="#0072b2", marker="o", markersize=3, linewidth=1.2)
+        axes.plot(
+            steps,
+            np.nanmean(values, 1),
+            color="#0072b2",
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            clip_on=False,
+        )
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("step", fontsize=7)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1.0, float(np.nanmax(values))) * 1.05 if key == "dead" else None)
         axes.ticklabel_format(axis="y", useOffset=False)
         _plain(axes)
     return figure

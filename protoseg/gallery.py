@@ -98,7 +98,7 @@ def write_gallery(
             figure.savefig(buffer, format="png", dpi=130)
             entries.append(FigureEntry(title, caption, buffer.getvalue()))
 
-    _sample_figures(add, loaded, shown, protos_CKD, val.ignore_index)
+    _sample_figures(add, loaded, shown, protos_CKD, val.ignore_index, int(deeds.won_CK.sum(1).argmax()))
     _prototype_figures(add, loaded, [pixels for _, pixels in surveys], deeds, protos_CKD, live_C)
     _patch_figures(add, first, deeds, live_C)
     page = explorer_page(
@@ -132,6 +132,7 @@ def _sample_figures(
     shown: Sequence[Sequence[Sample]],
     protos_CKD: np.ndarray,
     ignore_index: int,
+    commonest: int,
 ) -> None:
     """Figures of the sample images."""
     first, num_prototypes = loaded[0], protos_CKD.shape[1]
@@ -148,8 +149,10 @@ def _sample_figures(
         ),
     )
     rows = []
+    tired = [commonest]  # classes not to show again while there are others: the background comes last
     for sample in same_size:
-        c = _richest_class(sample, num_prototypes)
+        c = _richest_class(sample, num_prototypes, tired)
+        tired.append(c)
         kept = min(num_prototypes, 8)
         rows.append((sample.image, first.classes[c], similarity_maps(sample.emb_hwD, protos_CKD[c, :kept])))
     add(
@@ -250,13 +253,13 @@ def _patch_figures(add: Add, run: Loaded, deeds: Survey, live_C: np.ndarray) -> 
         add(f"patches_{c:03d}_{name}", title, "", patches_figure(title, rows), in_page=False)
 
 
-def _richest_class(sample: Sample, num_prototypes: int) -> int:
-    """The class with the most prototypes at work in an image; ties go to the one with fewer pixels."""
+def _richest_class(sample: Sample, num_prototypes: int, tired: Sequence[int]) -> int:
+    """The class with the most prototypes at work in an image (3 cells and more), one not in `tired` first."""
     numbers, counts = np.unique(sample.nearest, return_counts=True)
-    working = numbers[counts >= 3] if (counts >= 3).any() else numbers
-    classes = working // num_prototypes
-    size = {c: int((sample.nearest // num_prototypes == c).sum()) for c in classes.tolist()}
-    return max(size, key=lambda c: (int((classes == c).sum()), -size[c]))
+    cells = np.bincount(numbers // num_prototypes, counts)
+    working = np.bincount(numbers // num_prototypes, counts >= 3, minlength=len(cells))
+    present = np.flatnonzero(cells).tolist()
+    return max(present, key=lambda c: (c not in tired, working[c], cells[c]))
 
 
 def _score(folder: Path) -> str:

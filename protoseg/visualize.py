@@ -42,13 +42,18 @@ def difference_map(label: NDArray, first: NDArray, second: NDArray, ignore_index
 
 
 def shades(palette: Palette, num_prototypes: int) -> NDArray[np.uint8]:
-    """(C, K, 3): each prototype its own shade of the class's colour, from dark to light."""
-    colours_C3 = np.array(palette, dtype=np.float64)
-    if num_prototypes == 1:
-        return colours_C3[:, None].astype(np.uint8)
-    place_K = np.linspace(-1, 1, num_prototypes)[None, :, None]
-    darker = colours_C3[:, None] * (1 + 0.6 * np.minimum(place_K, 0))
-    return np.round(darker + (255 - darker) * 0.65 * np.maximum(place_K, 0)).astype(np.uint8)
+    """(C, K, 3): each prototype its own shade of the class's colour, from dark to light.
+
+    Dark colours have more room upwards, light ones downwards: no two shades are the same.
+    """
+    shades_CK3 = np.empty((len(palette), num_prototypes, 3), dtype=np.uint8)
+    for colour, made_K3 in zip(np.array(palette, dtype=np.float64), shades_CK3):
+        light = colour @ (0.299, 0.587, 0.114) / 255
+        ends = (-min(1.0, 2 * light), min(1.0, 2 * (1 - light)))
+        place_K1 = np.linspace(*ends, num_prototypes)[:, None] if num_prototypes > 1 else np.zeros((1, 1))
+        darker = colour * (1 + 0.6 * np.minimum(place_K1, 0))
+        made_K3[:] = np.round(darker + (255 - darker) * 0.65 * np.maximum(place_K1, 0))
+    return shades_CK3
 
 
 def enlarged(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
