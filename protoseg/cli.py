@@ -3,18 +3,14 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 from protoseg import distributed
-from protoseg.checkpoint import load_segmenter
-from protoseg.config import UserError, config_from, load_config, merge, parse_override, to_plain
-from protoseg.data.loader import eval_loader
-from protoseg.evaluate import evaluate
-from protoseg.inference import predict
-from protoseg.report import print_scores, write_json
+from protoseg.commands import check_data_command, evaluate_command, predict_command
+from protoseg.config import UserError, load_config
+from protoseg.gallery import write_gallery
 from protoseg.sweep import LocalLauncher, SlurmLauncher, load_sweep, run_sweep
-from protoseg.trainer import Interrupted, open_dataset, train
+from protoseg.trainer import Interrupted, train
 
 OVERRIDES = "configuration values on top of the file's, for example train.iterations=1000"
 
@@ -31,43 +27,6 @@ def train_command(arguments: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
     train(config, args.out or Path("runs") / args.config.stem, args.resume)
-
-
-def evaluate_command(arguments: Sequence[str]) -> None:
-    """Score a trained model on a split."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate", description="Score a trained model on a labelled split."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("--split", metavar="NAME", help="default: the run's validation split")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as data.root=FOLDER")
-    args = parser.parse_intermixed_args(arguments)
-    model, config, content = load_segmenter(args.run)
-    for override in args.overrides:
-        config = config_from(merge(to_plain(config), parse_override(override)), f"override {override!r}")
-    device = distributed.setup()
-    split = args.split or config.data.val_split
-    dataset = open_dataset(config, split)
-    if list(dataset.classes) != content["classes"]:
-        raise UserError(
-            f"{args.run}: trained on {len(content['classes'])} classes that are not those of {split}"
-            f" ({len(dataset.classes)}); evaluate on data with the same class list"
-        )
-    model = model.to(device)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    with closing(eval_loader(dataset, workers=config.data.workers, **ranks)) as loader:
-        scores = evaluate(
-            lambda image, size: predict(model, image, size),
-            loader,
-            dataset.classes,
-            dataset.ignore_index,
-            device,
-        )
-    if distributed.is_main():
-        print_scores(scores, f"{args.run} (step {content['step']}) on {split}, {len(dataset)} images")
-        if args.json:
-            write_json(args.json, {**scores.to_plain(), "split": split, "step": content["step"]})
 
 
 def sweep_command(arguments: Sequence[str]) -> None:
@@ -103,17 +62,50 @@ def sweep_command(arguments: Sequence[str]) -> None:
     print((out / "results.md").read_text() + f"table, figure and numbers of every run: {out / 'results.*'}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+def vis_prototypes_command(arguments: Sequence[str]) -> None:
+    """Figures of a run's prototypes, and a page to explore them."""
+    parser = argparse.ArgumentParser(
+        prog="vis_prototypes", description="Figures of a run's prototypes, and a page to explore them."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("second", type=Path, nargs="?", metavar="RUN2", help="to set beside it: a linear run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/prototypes")
+    parser.add_argument("--split", default="train", help="where patches and numbers come from")
+    parser.add_argument("--format", choices=("png", "pdf"), default="png")
+    parser.add_argument("--images", type=int, default=400, metavar="N", help="images of the split to look at")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="validation images in the page")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="key.sub=value",
+        help="such as data.root=FOLDER; may be repeated",
+    )  # fmt: skip
+    args = parser.parse_args(arguments)
+    if args.images < 1 or args.samples < 1:
+        raise UserError("--images and --samples: expected 1 or more")
+    write_gallery(
+        [args.run, args.second] if args.second else [args.run],
+        args.out,
+        split=args.split,
+        suffix=args.format,
+        images=args.images,
+        samples=args.samples,
+        overrides=args.overrides,
+    )
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train_command,
     "evaluate": evaluate_command,
+    "predict": predict_command,
+    "check_data": check_data_command,
     "sweep": sweep_command,
+    "vis_prototypes": vis_prototypes_command,
 }
 
 
 def run(verb: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one command → exit code: 0, 2 for a user's mistake, 128 + signal after an interruption."""
+    """Run one command → exit code: 0, 1 for bad data, 2 for a user's mistake, 128 + signal if interrupted."""
     try:
-        COMMANDS[verb](sys.argv[1:] if arguments is None else arguments)
+        return COMMANDS[verb](sys.argv[1:] if arguments is None else arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,7 +117,6 @@ def run(verb: str, arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         distributed.shutdown()
-    return 0
 
 
 def main() -> int:

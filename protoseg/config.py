@@ -47,6 +47,7 @@ class DataConfig(Section):
     batch_size: Positive = 16  # over all ranks, per optimiser step
     workers: Annotated[int, Field(ge=0)] = 2  # per rank
     on_error: Literal["raise", "skip"] = "raise"
+    rare_class_temperature: Annotated[float, Field(gt=0)] | None = None  # 0.01: rare classes more often
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> "DataConfig":

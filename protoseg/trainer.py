@@ -134,6 +134,7 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
         world_size=distributed.world_size(),
         workers=d.workers,
         on_error=d.on_error,
+        rare_class_temperature=d.rare_class_temperature,
     )
     meter = Meter(d.batch_size)
     with closing(loader) as batches, StopSignals() as signals:

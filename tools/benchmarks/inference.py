@@ -1,0 +1,46 @@
+"""Peak memory and time of one large image: python tools/benchmark.py inference [options].
+
+One measurement per call, since a process never gives its peak back: compare calls with other options.
+"""
+
+import argparse
+import time
+
+import torch
+
+from protoseg.config import config_from
+from protoseg.inference import Protocol, segment
+from protoseg.model import build_model
+from protoseg.predict import protocol_for
+from protoseg.report import peak_memory_gb
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmark.py inference", description=__doc__)
+    parser.add_argument("--size", nargs=2, type=int, default=[3000, 5000], metavar=("H", "W"))
+    parser.add_argument("--classes", type=int, default=19)
+    parser.add_argument("--backbone", default="mit_b0")
+    parser.add_argument("--dim", type=int, help="embedding channels (default: the architecture's own)")
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--flip", action="store_true")
+    parser.add_argument("--confidence", action="store_true")
+    parser.add_argument(
+        "--whole", action="store_true", help="no windows (predict takes them for large images)"
+    )
+    args = parser.parse_args(argv)
+    values = {"backbone": {"name": args.backbone}, "decode_head": {"dim": args.dim}}
+    model = build_model(config_from(values | {"prototypes": {"start": "random"}}, "benchmark"), args.classes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device)
+    image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8, device=device)
+    protocol = Protocol(scales=tuple(args.scales), flip=args.flip)
+    protocol = protocol if args.whole else protocol_for(image, protocol)
+    before = peak_memory_gb(device)
+    start = time.perf_counter()
+    segment(model, image, protocol=protocol, confidence=args.confidence)
+    seconds = time.perf_counter() - start
+    shown = "whole" if protocol.window is None else f"windows of {protocol.window}"
+    print(
+        f"{args.backbone}, {args.classes} classes, {args.size[1]}×{args.size[0]} {shown}, {device.type}:"
+        f" peak {peak_memory_gb(device):.2f} GB (before the image {before:.2f} GB), {seconds:.1f} s"
+    )
