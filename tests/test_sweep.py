@@ -55,14 +55,15 @@ def test_killed_sweep_goes_on_and_ends_with_the_same_table(config: Path, tmp_pat
         process = subprocess.Popen(
             [sys.executable, "-m", "protoseg.cli", "sweep", *arguments, "--out", str(broken)]
         )
-        lock, metrics = broken / "num_per_class=1/seed0/lock", broken / "num_per_class=1/seed0/metrics.jsonl"
-        deadline = time.time() + 60
-        while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
-            time.sleep(0.02)
+        folder = broken / "num_per_class=1/seed0"
+        deadline = time.time() + 120
+        while not (holders(folder / "lock") and (folder / "metrics.jsonl").exists()):
+            assert time.time() < deadline, "the first run never started"
+            time.sleep(0.05)
         process.kill()
         process.wait()
         if with_run:
-            for pid in holders(lock):
+            for pid in holders(folder / "lock"):
                 os.kill(pid, signal.SIGKILL)
 
     start_and_kill(with_run=True)
