@@ -17,7 +17,7 @@ from protoseg.scores import unit_rows
 
 
 class OfficialHead(PrototypeHead):
-    """PrototypeHead behind a projection normalised along the image's width, with a Gumbel draw for the update.
+    """PrototypeHead behind a projection normalised along the width, with a Gumbel draw for the update.
 
     The faults: a pixel's embedding depends on the other pixels of its row; prototypes are updated from a
     random draw in which the plan's probabilities stand where log-probabilities belong, so that a pixel moves
