@@ -43,7 +43,7 @@ def test_one_step_is_the_equations(update_pixels, classes_in_batch):
     ppc, ppd = (lse - positive / 0.1)[mine].mean(), (1 - positive)[mine].square().mean()
     assert_close_report(out.ppc, ppc, "PPC", atol=1e-12)
     assert_close_report(out.ppd, ppd, "PPD", atol=1e-12)
-    logits = 10 * scores.view(2, 5, 7, 4).permute(0, 3, 1, 2)
+    logits = head.logit_scale * scores.view(2, 5, 7, 4).permute(0, 3, 1, 2)
     assert_close_report(out.logits, logits, "logits", "NC", 1e-12)
     assert_close_report(head(features), logits, "forward", "NC", 1e-12)
     got, want = (
@@ -216,7 +216,7 @@ def test_no_parameters_and_no_gradient_to_prototypes():
 def test_layer_norm_over_classes_is_the_plain_one():
     head = head_of(score_norm="layer_norm")
     features, _ = batch()
-    scores = head_of()(features) / 10
+    scores = head_of(logit_scale=1.0)(features)
     expected = F.layer_norm(scores.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)
     assert_close_report(head(features), expected, "logits", atol=1e-5)
 
@@ -225,7 +225,7 @@ def test_distance_is_one_minus_the_nearest_cosine():
     head = head_of()
     features, _ = batch()
     logits, distance = head(features, return_distance=True)
-    assert_close_report(distance, 1 - logits.amax(1) / 10, "distance")
+    assert_close_report(distance, 1 - logits.amax(1) / head.logit_scale, "distance")
 
 
 def test_half_modules_keep_exact_prototypes_and_deterministic_mode_works():
