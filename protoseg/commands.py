@@ -15,7 +15,7 @@ from protoseg import distributed
 from protoseg.checkpoint import load_segmenter
 from protoseg.config import UserError, load_config
 from protoseg.data.check import check_dataset, print_report, write_bad_files
-from protoseg.data.datasets import dataset_spec
+from protoseg.data.datasets import LabelMap, dataset_spec
 from protoseg.data.label_ids import export_ids
 from protoseg.data.prepare import prepare_ade20k_full
 from protoseg.inference import Protocol
@@ -98,7 +98,7 @@ def predict_command(arguments: Sequence[str]) -> None:
     if args.prototypes and model.prototypes is None:
         raise UserError(f"--prototypes: {args.run} has a linear classifier; leave the option out")
     device = distributed.setup()
-    label_map = config.data.label_map
+    label_map: LabelMap | None = config.data.label_map
     if args.raw_ids:
         label_map = dataset_spec(config.data.name, config.data.classes, label_map=label_map).label_map
     outputs = Outputs(

@@ -335,7 +335,8 @@ def _class_legend(
 
 
 def _swatch(colour: Sequence[int], label: str) -> LegendPatch:
-    return LegendPatch(facecolor=tuple(c / 255 for c in colour), edgecolor="0.4", linewidth=0.4, label=label)
+    red, green, blue = (c / 255 for c in colour)
+    return LegendPatch(facecolor=(red, green, blue), edgecolor="0.4", linewidth=0.4, label=label)
 
 
 def _bare(grid: NDArray) -> None:

@@ -163,7 +163,7 @@ def write_figures(folder: Path, run: RunScores) -> None:
     }
     for name, figure in figures.items():
         path = folder / f"{name}.png"
-        _writing(path, lambda figure=figure, path=path: save_figure(figure, path))  # type: ignore[misc]
+        _writing(path, lambda figure=figure, path=path: save_figure(figure, path))
 
 
 def _writing(path: Path, write: Any) -> None:

@@ -56,7 +56,7 @@ def shades(palette: Palette, num_prototypes: int) -> NDArray[np.uint8]:
     return shades_CK3
 
 
-def enlarged(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+def enlarged(picture: NDArray, size: tuple[int, int]) -> NDArray:
     """(h, w, 3) → (*size, 3), every pixel a block: no colours that were not there."""
     rows = np.arange(size[0]) * picture.shape[0] // size[0]
     columns = np.arange(size[1]) * picture.shape[1] // size[1]
