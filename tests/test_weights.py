@@ -551,7 +551,7 @@ def test_official_layout(tmp_path: Path) -> None:
             for k in ("weight", "bias")
         },
         **{f"feat_norm.{k}": f"classifier.feature_norm.{k}" for k in ("weight", "bias")},
-        **{f"mask_norm.{k}": f"classifier.mask_norm.{k}" for k in ("weight", "bias")},
+        **{f"mask_norm.{k}": f"classifier.norm_{k}" for k in ("weight", "bias")},
         "prototypes": "classifier.prototypes",
     }
     file = {f"module.backbone.{key}": torch.randn(2) for key in keys} | {
