@@ -78,7 +78,7 @@ class PrototypesConfig(Section):
     """The nonparametric classifier (method: ProtoSeg, CVPR 2022)."""
 
     num_per_class: Positive = 10
-    momentum: Probability = 0.99  # μ: short schedules need a smaller one than the paper's 0.999
+    momentum: Probability = 0.999  # μ
     kappa: Annotated[float, Field(gt=0)] = 0.05
     sinkhorn_iterations: Positive = 3
     temperature: Annotated[float, Field(gt=0)] = 0.1  # τ of PPC

@@ -87,7 +87,7 @@ class PrototypeHead(Editing):
         num_prototypes: int = 10,
         *,
         ignore_index: int = 255,
-        momentum: float = 0.99,
+        momentum: float = 0.999,
         kappa: float = 0.05,
         sinkhorn_iterations: int = 3,
         temperature: float = 0.1,
