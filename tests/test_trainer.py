@@ -46,6 +46,7 @@ def write_config(tmp_path: Path) -> Path:
 def run_cli(arguments: Sequence[str], **popen: Any) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "protoseg.cli", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # several run at once, and sums depend on this number
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
