@@ -254,6 +254,8 @@ SRUN = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
 exec "$@"
 """
+SCANCEL = """#!/bin/sh
+"""
 SACCT = """#!/bin/sh
 printf 'JobID|State\\n17|RUNNING\\n'
 """
@@ -265,7 +267,7 @@ def test_slurm_runs_the_same_command(
     pytest.importorskip("submitit", reason="needs the slurm extra")
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT), ("scancel", SCANCEL)):
         (programs / name).write_text(text)
         (programs / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
