@@ -138,7 +138,7 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:
             colour = "C0" if name == "effective_k" else "C1"
             target.plot(steps, values, marker="o", markersize=3, color=colour)
             target.set_ylabel(title, color=colour)
-            target.set_ylim(bottom=0)
+            target.set_ylim(0, 1.1 * max((value for value in values if value == value), default=1.0))
         axes[2].set(title="prototypes (mean over classes)", xlabel="step")
     for each in axes:
         each.spines[["top"]].set_visible(False)

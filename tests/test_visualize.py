@@ -27,7 +27,15 @@ from protoseg.figures import (
     project,
     which_prototype_figure,
 )
-from protoseg.visualize import ONLY_FIRST, ONLY_SECOND, difference_map, enlarged, outlined, shades
+from protoseg.visualize import (
+    ONLY_FIRST,
+    ONLY_SECOND,
+    curves_figure,
+    difference_map,
+    enlarged,
+    outlined,
+    shades,
+)
 
 
 def test_planted_looks_get_a_prototype_each() -> None:
@@ -229,3 +237,13 @@ def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "http://" not in page
     assert "https://" not in page
     assert "prediction of" in page
+
+
+def test_curves_of_a_run_in_which_nothing_is_known_yet() -> None:
+    health = {"effective_k": [None, None], "mean_intra_cosine": [None, None]}
+    lines = [
+        {"kind": "train", "step": 1, "loss": 1.0, "ce": 1.0},
+        {"kind": "eval", "step": 1, "mIoU": float("nan"), "prototype_health": health},
+    ]
+    assert len(curves_figure(lines).axes) == 4
+    assert len(curves_figure([]).axes) == 2
