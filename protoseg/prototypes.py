@@ -24,7 +24,7 @@ from protoseg.clustering import (
     start_prototypes,
 )
 from protoseg.editing import Editing
-from protoseg.losses import ppc_loss, ppd_loss
+from protoseg.losses import loss_scale, ppc_loss, ppd_loss
 from protoseg.scores import class_scores, prototype_scores, unit, unit_rows
 
 __all__ = [
@@ -195,7 +195,7 @@ class PrototypeHead(Editing):
             assignment_N = assign(plan_NK, labels_N)
             labelled_N = labels_N >= 0
             if scale is None:
-                scale = self._default_scale(labelled_N)
+                scale = loss_scale([labels_N], -1, all_reduce=self.all_reduce)
             scale = scale.to(emb_ND.dtype)
             positive_N = own_NK.gather(1, assignment_N.clamp(min=0)[:, None])[:, 0]
             logits = self._logits(scores_NC, features)
@@ -333,13 +333,6 @@ class PrototypeHead(Editing):
             fill_C1 = NOT_LIVE * (~live_C1).to(scores_CN.dtype)
         logits_CN = torch.addcmul(fill_C1.to(scores_CN.dtype), scores_CN, shown_C1)
         return logits_CN.view(-1, batch, height, width).transpose(0, 1)
-
-    def _default_scale(self, labelled_N: Tensor) -> Tensor:
-        count = labelled_N.sum().double()
-        both = torch.stack([count, torch.ones_like(count)])
-        if self.all_reduce is not None:
-            both = self.all_reduce(both, "sum")
-        return both[1] / both[0].clamp(min=1)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PrototypeHead":
         super()._apply(fn, recurse)
