@@ -89,12 +89,33 @@ class PrototypesConfig(Section):
     revive_after: Annotated[int, Field(ge=0)] = 100  # steps without a pixel; 0: never
 
 
+class ContrastConfig(Section):
+    """Cross-image pixel contrast (ICCV 2021), beside either classifier; the numbers are the paper's."""
+
+    mode: Literal["none", "intra_image", "batch", "memory"] = "none"
+    memory: Literal["pixel", "region", "both"] = "both"
+    dim: Positive = 256  # channels of the projection
+    anchors_per_class: Positive = 50  # in the whole batch
+    anchor_sampler: Literal["random", "seg_hard"] = "seg_hard"
+    pair_sampler: Literal["random", "hardest", "semi_hard"] = "semi_hard"
+    positives: Positive = 1024  # per anchor
+    negatives: Positive = 2048
+    pool_size: Positive | Literal["full"] = 8192  # candidates of a step, shared by its anchors
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0  # steps in which the memory fills and the loss is 0
+    pixels_per_image: Positive = 10  # V: pixels of a class that enter the memory
+    memory_size: Positive | None = None  # T: pixels per class; None: ten per training image
+    cap_mb: Annotated[float, Field(gt=0)] = 256
+    storage: Literal["float32", "float16"] = "float32"
+
+
 class LossConfig(Section):
-    """Weights of the terms; the total is CE + ppc·PPC + ppd·PPD + auxiliary·(auxiliary CE)."""
+    """Weights: the total is CE + ppc·PPC + ppd·PPD + auxiliary·(auxiliary CE) + contrast·(pixel contrast)."""
 
     ppc: NonNegative = 0.01
     ppd: NonNegative = 0.01
     auxiliary: NonNegative = 0.4
+    contrast: NonNegative = 1.0  # λ of the pixel contrast, where contrast.mode switches it on
     class_weights: list[NonNegative] | None = None
 
 
@@ -146,6 +167,7 @@ class Config(Section):
     decode_head: DecodeHeadConfig = DecodeHeadConfig()
     prototypes: PrototypesConfig = PrototypesConfig()
     loss: LossConfig = LossConfig()
+    contrast: ContrastConfig = ContrastConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -5,7 +5,7 @@ B images, C classes, K prototypes, D embedding channels; (H, W) input pixels, (h
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoseg.backbones import Backbone, build_backbone
 from protoseg.config import Config
+from protoseg.contrast import ProjectionHead
 from protoseg.data.datasets import DATASETS, dataset_spec
 from protoseg.heads import build_decode_head
 from protoseg.losses import downsample_labels, loss_scale, upsampled_cross_entropy
+from protoseg.maps import concatenate
 from protoseg.official import OfficialHead
 from protoseg.prototypes import PrototypeHead, TrainingOutput
 
@@ -31,6 +33,14 @@ class LossScales(NamedTuple):
     small: Tensor
 
 
+class ContrastInput(NamedTuple):
+    """What pixel contrast needs of a forward pass, all at the embedding's resolution."""
+
+    source: Tensor  # (B, F, h, w), the input of the projection
+    labels: Tensor  # (B, h, w)
+    predictions: Tensor  # (B, h, w), classes of the main logits
+
+
 @dataclass
 class StepOutput:
     """What one forward pass in training gives."""
@@ -38,6 +48,8 @@ class StepOutput:
     total: Tensor  # for backward
     terms: dict[str, Tensor]  # detached, weighted as in the paper's sum but without λ
     prototypes: TrainingOutput | None  # for PrototypeHead.update_
+    contrast: ContrastInput | None  # where the model has a projection
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # logged beside the terms; not in the total
 
 
 class LinearClassifier(nn.Conv2d):
@@ -53,6 +65,8 @@ class Segmenter(nn.Module):
 
     With labels (B, H, W) and the step's loss scales, forward returns a StepOutput instead: DDP needs the
     losses to be made inside forward. Nothing here changes prototypes; the trainer does, on a line of its own.
+    `projection_input` says what pixel contrast sees: "embedding", "last" (the backbone's last map) or
+    "maps" (all of them concatenated). The projection itself is added for training only.
     """
 
     mean: Tensor
@@ -70,11 +84,14 @@ class Segmenter(nn.Module):
         ppd_weight: float = 0.01,
         auxiliary_weight: float = 0.4,
         class_weights: list[float] | None = None,
+        projection_input: str = "embedding",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.decode_head = decode_head
         self.classifier = classifier
+        self.projection: ProjectionHead | None = None
+        self.projection_input = projection_input
         self.stride = cast(int, decode_head.stride)
         self.ignore_index = ignore_index
         self.loss_weights = {"ce": 1.0, "ppc": ppc_weight, "ppd": ppd_weight, "auxiliary": auxiliary_weight}
@@ -88,23 +105,39 @@ class Segmenter(nn.Module):
         """The prototype head, if that is the classifier."""
         return self.classifier if isinstance(self.classifier, PrototypeHead) else None
 
+    @property
+    def num_parameters(self) -> int:
+        """Learnable numbers of the model that is evaluated and exported: without the projection."""
+        extra = self.projection.parameters() if self.projection is not None else ()
+        return sum(p.numel() for p in self.parameters() if p.requires_grad) - sum(p.numel() for p in extra)
+
+    def add_projection_(self, dim: int) -> None:
+        """Put pixel contrast's projection head beside the decode head; for training, never saved as model."""
+        channels = self.backbone.channels
+        width = {"embedding": self.decode_head.dim, "last": channels[-1], "maps": sum(channels)}
+        self.projection = ProjectionHead(cast(int, width[self.projection_input]), dim)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The backbone's maps of images with values 0…255."""
+        return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+
     def embed(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Embedding map (B, D, h, w) and the auxiliary heads' logits (none in eval mode)."""
-        maps = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
-        return self.decode_head(maps)
+        return self.decode_head(self.maps(images))
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, scales: LossScales | None = None
     ) -> Tensor | StepOutput:
-        embedding, auxiliary = self.embed(images)
+        maps = self.maps(images)
+        embedding, auxiliary = self.decode_head(maps)
         if labels is None:
             return self.classifier(embedding)
         if scales is None:
             scales = self.loss_scales([labels])
-        out = None
+        out, contrast = None, None
         terms: dict[str, Tensor] = {}
+        small = downsample_labels(labels, embedding.shape[-2:])
         if self.prototypes is not None:
-            small = downsample_labels(labels, embedding.shape[-2:])
             out = self.prototypes.training_step(embedding, small, scale=scales.small)
             logits = out.logits
             terms = {"ppc": out.ppc, "ppd": out.ppd}
@@ -118,7 +151,11 @@ class Segmenter(nn.Module):
         total = sum(
             (self.loss_weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"])
         )
-        return StepOutput(total, {name: term.detach() for name, term in terms.items()}, out)
+        if self.projection is not None:
+            source = {"embedding": embedding, "last": maps[-1]}.get(self.projection_input)
+            source = concatenate(maps) if source is None else source
+            contrast = ContrastInput(source, small, logits.detach().argmax(1))
+        return StepOutput(total, {name: term.detach() for name, term in terms.items()}, out, contrast)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         return upsampled_cross_entropy(
@@ -195,7 +232,18 @@ def build_model(
         ppd_weight=config.loss.ppd,
         auxiliary_weight=config.loss.auxiliary,
         class_weights=config.loss.class_weights,
+        projection_input=projection_input(config.backbone.name, backbone, head),
     )
+
+
+def projection_input(name: str, backbone: Backbone, head: nn.Module) -> str:
+    """Where the projection stands: as in the paper on all of HRNet's maps, or a dilated ResNet's last stage.
+
+    On the embedding for the others, whose last map is too coarse.
+    """
+    if name.startswith("hrnet"):
+        return "maps"
+    return "last" if name.startswith("resnet") and backbone.strides[-1] == head.stride else "embedding"
 
 
 @contextmanager

@@ -93,9 +93,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def progress_line(step: int, iterations: int, values: dict[str, Any]) -> str:
     """One console line of a training step."""
-    terms = "  ".join(
-        f"{name} {values[name]:.4f}" for name in ("loss", "ce", "ppc", "ppd", "auxiliary") if name in values
-    )
+    names = ("loss", "ce", "ppc", "ppd", "auxiliary", "contrast")
+    terms = "  ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
     return (
         f"{step:>{len(str(iterations))}}/{iterations}  {terms}  lr {values['lr']:.2e}"
         f"  {values['images_per_second']:.1f} img/s  data wait {values['data_wait']:.0%}"

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from protoseg import distributed
 from protoseg.config import Config, UserError
+from protoseg.contrast import PixelContrast
 from protoseg.data.loader import Batch
 from protoseg.losses import downsample_labels
 from protoseg.model import Segmenter, StepOutput, build_model, frozen_running_stats
@@ -35,6 +36,8 @@ class Run:
     best: float = -1.0
     seconds: float = 0.0  # spent training, without evaluation
     unseen: set[int] = field(default_factory=set)  # classes whose prototypes do not hold data yet
+    contrast: PixelContrast | None = None  # pixel contrast's memories; outside the DDP module
+    empty_steps: int = 0  # steps in which contrast found no anchor with a positive and a negative
 
 
 class NonFiniteLoss(UserError):
@@ -45,13 +48,22 @@ def build_run(
     config: Config,
     classes: tuple[str, ...],
     palette: tuple[tuple[int, int, int], ...],
+    num_images: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """A fresh run: seeded model, optimiser and schedule, wrapped for the process group if there is one."""
+    """A fresh run: seeded model, optimiser and schedule, wrapped for the process group if there is one.
+
+    num_images: of the training set; pixel contrast keeps a region for each.
+    """
     torch.manual_seed(config.train.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, set here and nowhere else
-    model = build_model(config, len(classes), all_reduce=distributed.all_reduce).to(device, dtype)
+    model = build_model(config, len(classes), all_reduce=distributed.all_reduce)
+    contrast = build_contrast(config, len(classes), num_images, model.ignore_index)
+    if contrast is not None:
+        model.add_projection_(config.contrast.dim)
+        contrast = contrast.to(device)
+    model = model.to(device, dtype)
     if device.type == "cuda" and distributed.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.train.channels_last:
@@ -68,7 +80,47 @@ def build_run(
     torch.manual_seed(config.train.seed + distributed.rank())  # dropout differs between ranks
     run = Run(config, model, parallel, optimizer, schedule, device, classes, palette)
     run.unseen = unseen_classes(model)
+    run.contrast = contrast
     return run
+
+
+def build_contrast(
+    config: Config, num_classes: int, num_images: int, ignore_index: int
+) -> PixelContrast | None:
+    """Pixel contrast as configured, joined over ranks; None where it is switched off.
+
+    Errors: UserError where the settings do not go together with the number of classes.
+    """
+    c = config.contrast
+    if c.mode == "none":
+        return None
+    several = distributed.world_size() > 1
+    try:
+        return PixelContrast(
+            c.dim,
+            num_classes,
+            num_images,
+            mode=c.mode,
+            memory=c.memory,
+            anchors_per_class=c.anchors_per_class,
+            positives=c.positives,
+            negatives=c.negatives,
+            anchor_sampler=c.anchor_sampler,
+            pair_sampler=c.pair_sampler,
+            temperature=c.temperature,
+            pixels_per_image=c.pixels_per_image,
+            memory_size=c.memory_size,
+            cap_mb=c.cap_mb,
+            storage_dtype=getattr(torch, c.storage),
+            pool_size=None if c.pool_size == "full" else c.pool_size,
+            seed=config.train.seed,
+            all_gather=distributed.all_gather if several else None,
+            all_reduce=distributed.all_reduce if several else None,
+            rank=distributed.rank(),
+            ignore_index=ignore_index,
+        )
+    except ValueError as error:
+        raise UserError(f"contrast.{error}") from None
 
 
 def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
@@ -77,15 +129,18 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     Errors: NonFiniteLoss, before weights, optimiser or prototypes have changed.
     """
     run.parallel.train()
-    micro = [(b.image.to(run.device), b.label.to(run.device).long()) for b in split(batch, run.config)]
+    micro = [to_device(part, run.device) for part in split(batch, run.config)]
     start_prototypes_(run, micro)
-    micro = [(images, without_unseen(run, labels)) for images, labels in micro]
-    scales = run.model.loss_scales([labels for _, labels in micro], distributed.all_reduce)
+    micro = [part._replace(label=without_unseen(run, part.label)) for part in micro]
+    scales = run.model.loss_scales([part.label for part in micro], distributed.all_reduce)
     outputs: list[StepOutput] = []
-    for images, labels in micro:
+    projected: list[Tensor] = []
+    for part in micro:
         with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):
             with autocast(run):
-                output = run.parallel(images, labels, scales)
+                output = run.parallel(part.image, part.label, scales)
+                if run.contrast is not None:
+                    projected.append(add_contrast_(run, output, part.index, len(micro)))
             output.total.backward()
         outputs.append(output)
     values = finite_values(run, outputs, stop)  # the one host read of the step
@@ -94,8 +149,37 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     run.schedule.step()
     if run.model.prototypes is not None:
         run.model.prototypes.update_(*[output.prototypes for output in outputs if output.prototypes])
+    if run.contrast is not None:
+        labels = torch.cat([output.contrast.labels for output in outputs if output.contrast])
+        run.contrast.enqueue_(torch.cat(projected), labels, torch.cat([p.index for p in micro]), run.step)
+        run.empty_steps += int(values["contrast_empty"] > 0)
     run.step += 1
     return values
+
+
+def add_contrast_(run: Run, output: StepOutput, indices: Tensor, parts: int) -> Tensor:
+    """Add pixel contrast to a forward pass's losses; returns the projected pixels, for the memory.
+
+    The mean over micro-batches is taken. During the warm-up the term counts 0 times, with a graph, so that
+    DDP finds every parameter used.
+    """
+    assert run.contrast is not None
+    assert output.contrast is not None
+    source, labels, predictions = output.contrast
+    found = run.contrast(source, labels, predictions, indices, run.step, project=run.model.projection)
+    warm = run.step >= run.config.contrast.warmup_iterations
+    output.total = output.total + (run.config.loss.contrast if warm else 0.0) / parts * found.loss
+    output.terms["contrast"] = found.loss.detach() / parts
+    shares = {name: value / parts for name, value in found.diagnostics.items() if value.ndim == 0}
+    fills = {name: value.mean() / parts for name, value in found.diagnostics.items() if value.ndim == 1}
+    counts = {"anchors": found.anchors, "empty": found.empty / parts}
+    output.diagnostics = {f"contrast_{name}": v for name, v in (shares | fills | counts).items()}
+    return found.projected
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch where the model is, labels and indices int64."""
+    return Batch(batch.image.to(device), batch.label.to(device).long(), batch.index.to(device))
 
 
 def split(batch: Batch, config: Config) -> list[Batch]:
@@ -104,7 +188,7 @@ def split(batch: Batch, config: Config) -> list[Batch]:
     return [Batch(*part) for part in zip(*parts)]
 
 
-def start_prototypes_(run: Run, micro: list[tuple[Tensor, Tensor]]) -> None:
+def start_prototypes_(run: Run, micro: list[Batch]) -> None:
     """Give classes seen for the first time their prototypes, and revive dead ones every R steps.
 
     Rare, so it may cost a forward pass of its own; all ranks decide alike.
@@ -114,12 +198,12 @@ def start_prototypes_(run: Run, micro: list[tuple[Tensor, Tensor]]) -> None:
         return
     every = run.config.prototypes.revive_after
     due = bool(every) and run.step > 0 and run.step % every == 0
-    small = [downsample_labels(labels, run.model.feature_size(labels)) for _, labels in micro]
+    small = [downsample_labels(part.label, run.model.feature_size(part.label)) for part in micro]
     if not due and not (run.unseen and present_classes(small, head.num_classes) & run.unseen):
         return
-    for (images, _), labels in zip(micro, small):
+    for part, labels in zip(micro, small):
         with torch.no_grad(), frozen_running_stats(run.model), autocast(run):
-            embedding, _ = run.model.embed(images)
+            embedding, _ = run.model.embed(part.image)
             head.prepare_(embedding, labels)
     run.unseen = unseen_classes(run.model)
 
@@ -158,9 +242,10 @@ def autocast(run: Run) -> AbstractContextManager[Any]:
 
 
 def finite_values(run: Run, outputs: list[StepOutput], stop: bool) -> dict[str, float]:
-    """Global means of the terms, their sum, the gradient norm and the stop flag; clips the gradient.
+    """Global means of the terms, their sum, gradient norm, diagnostics and stop flag; clips the gradient.
 
-    Errors: NonFiniteLoss naming the first term that is not finite.
+    Diagnostics are the same on all ranks already. Errors: NonFiniteLoss naming the first value that is not
+    finite.
     """
     names = [*outputs[0].terms, "loss"]
     sums = [sum(output.terms[name] for output in outputs) for name in names[:-1]]
@@ -171,8 +256,9 @@ def finite_values(run: Run, outputs: list[StepOutput], stop: bool) -> dict[str, 
     if run.config.train.grad_clip is not None:
         clip_grads_with_norm_(run.model.parameters(), run.config.train.grad_clip, norm)
     flag = distributed.all_reduce(torch.tensor(float(stop), device=run.device), "max")
-    read = torch.cat([means, norm.float().view(1), flag.view(1)]).tolist()
-    values = dict(zip([*names, "grad_norm", "stop"], read))
+    extra = [sum(output.diagnostics[name] for output in outputs) for name in outputs[0].diagnostics]
+    read = torch.cat([means, torch.stack([norm, flag, *extra]).float()]).tolist()  # type: ignore[list-item]
+    values = dict(zip([*names, "grad_norm", "stop", *outputs[0].diagnostics], read))
     for name, value in values.items():
         if not math.isfinite(value):
             what = "the gradient" if name == "grad_norm" else f"the term {name}"

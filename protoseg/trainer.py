@@ -35,6 +35,7 @@ from protoseg.weights import load_backbone_weights
 
 # Keys that may differ between a run and its continuation: they do not change what is learned.
 OPERATIONAL = ("data.root", "data.workers", "eval.", "checkpoint.", "train.log_interval")
+PROJECTION = "projection."  # names of the part of the model that only training has
 
 
 class Interrupted(Exception):
@@ -60,7 +61,7 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
         open_dataset(config, split) for split in (config.data.train_split, config.data.val_split)
     )
     require_class_weights(config, len(train_set.classes))
-    run = build_run(config, train_set.classes, train_set.palette, device)
+    run = build_run(config, train_set.classes, train_set.palette, len(train_set), device)
     if content is not None and checkpoint is not None:
         restore(run, content, checkpoint)
     else:
@@ -72,14 +73,15 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
         log = RunLog(out, run.step)
-        parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         print(
             f"{out}: {len(train_set)} training and {len(val_set)} validation images,"
-            f" {len(run.classes)} classes, {parameters:,} learnable parameters,"
+            f" {len(run.classes)} classes, {run.model.num_parameters:,} learnable parameters,"
             f" {device.type} × {distributed.world_size()}"
             + (f", going on at step {run.step}" if run.step else ""),
             flush=True,
         )
+        if run.contrast is not None and run.contrast.memory is not None and run.contrast.memory.message:
+            print(f"note: {run.contrast.memory.message}")
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     with closing(eval_loader(val_set, workers=config.data.workers, **ranks)) as val_loader:
         loop(run, out, log, train_set, val_loader)
@@ -175,13 +177,15 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
         "seconds": round(run.seconds, 1),
         "images_per_second": round(run.step * run.config.data.batch_size / max(run.seconds, 1e-9), 2),
         "peak_memory_gb": round(peak_memory_gb(run.device), 2),
-        "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "parameters": run.model.num_parameters,
         "seed": run.config.train.seed,
         "world_size": distributed.world_size(),
         **environment(run.device),
     }
     if run.model.prototypes is not None:
         results["prototype_health"] = run.model.prototypes.health().to_plain()
+    if run.contrast is not None:
+        results["contrast_empty_steps"] = run.empty_steps
     if log:
         write_json(out / "results.json", results)
         log.close()
@@ -218,6 +222,10 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
     values = {name: value for name, value in scores.to_plain().items() if name != "Acc"}
     if run.model.prototypes is not None:
         values["prototype_health"] = run.model.prototypes.health().to_plain()
+    if run.contrast is not None:
+        values["contrast_empty_steps"] = run.empty_steps
+        if run.contrast.memory is not None:
+            values |= {name: share.tolist() for name, share in run.contrast.memory.fill().items()}
     better = scores.miou > run.best
     run.best = max(run.best, scores.miou)
     if log:
@@ -239,7 +247,7 @@ def weights(run: Run) -> dict[str, Any]:
         "classes": list(run.classes),
         "palette": [list(colour) for colour in run.palette],
         "step": run.step,
-        "model": run.model.state_dict(),
+        "model": {name: t for name, t in run.model.state_dict().items() if not name.startswith(PROJECTION)},
     }
 
 
@@ -256,7 +264,12 @@ def save(run: Run, out: Path) -> None:
             "generators": states,
             "best": run.best,
             "seconds": run.seconds,
+            "empty_steps": run.empty_steps,
         }
+        if run.contrast is not None:
+            state = run.model.state_dict()
+            rest["projection"] = {name: t for name, t in state.items() if name.startswith(PROJECTION)}
+            rest["contrast"] = run.contrast.state_dict()
         save_checkpoint(out / "last.pt", weights(run) | rest)
 
 
@@ -264,10 +277,13 @@ def restore(run: Run, content: dict[str, Any], path: Path) -> None:
     """Put a checkpoint's state into a fresh run."""
     if "optimizer" not in content:
         raise UserError(f"{path}: holds weights only, training cannot go on from it; resume from a last.pt")
-    load_weights(run.model, content["model"], path)
+    load_weights(run.model, content["model"] | content.get("projection", {}), path)
+    if run.contrast is not None:
+        load_weights(run.contrast, content["contrast"], path)
     run.optimizer.load_state_dict(content["optimizer"])
     run.schedule.load_state_dict(content["schedule"])
     run.step, run.best, run.seconds = content["step"], content["best"], content["seconds"]
+    run.empty_steps = content["empty_steps"]
     run.unseen = unseen_classes(run.model)
     if len(content["generators"]) == distributed.world_size():
         generators = content["generators"][distributed.rank()]

@@ -131,7 +131,7 @@ def rank_run(rank: int, world: int, port: int, out: str, accumulation: int) -> N
         "train": {"iterations": 20, "accumulation": accumulation},
     }
     config = config_from(values, "test")
-    run = build_run(config, tuple("abcde"), ((0, 0, 0),) * 5, torch.device("cpu"), torch.float64)
+    run = build_run(config, tuple("abcde"), ((0, 0, 0),) * 5, 4, torch.device("cpu"), torch.float64)
     for module in run.model.modules():
         if isinstance(module, nn.BatchNorm2d):  # SyncBatchNorm does not exist on the CPU
             module.eval()
@@ -313,7 +313,7 @@ def test_unreadable_image_stops_the_run_and_its_workers(tmp_path: Path) -> None:
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
-    run = build_run(tiny(), tuple("abcde"), ((0, 0, 0),) * 5, torch.device("cpu"))
+    run = build_run(tiny(), tuple("abcde"), ((0, 0, 0),) * 5, 4, torch.device("cpu"))
     batch = rank_batches(0, 1, 1)[0]
     train_step(run, batch)
     with torch.no_grad():
