@@ -2,13 +2,14 @@
 
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from protoseg.config import Config, UserError, config_from
+from protoseg.config import Config, UserError, config_from, to_plain
 from protoseg.model import Segmenter, build_model
 
 
@@ -20,6 +21,52 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def segmenter_content(
+    model: Segmenter,
+    config: Config,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    step: int = 0,
+) -> dict[str, Any]:
+    """What prediction needs: the model, its configuration and its class list.
+
+    `config` is that of the training, also if the model has been edited since: its data section says for how
+    many classes the decode head was made. K is taken from the model. Errors: ValueError if names or colours
+    are not one per class, or two names are equal.
+    """
+    head = model.prototypes
+    if head is not None:
+        if not len(classes) == len(palette) == head.num_classes:
+            raise ValueError(
+                f"a model of {head.num_classes} classes needs as many names and colours,"
+                f" got {len(classes)} and {len(palette)}"
+            )
+        prototypes = config.prototypes.model_copy(update={"num_per_class": head.num_prototypes})
+        config = config.model_copy(update={"prototypes": prototypes})
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"class names must differ, got {', '.join(classes)}")
+    return {
+        "config": to_plain(config),
+        "classes": list(classes),
+        "palette": [list(colour) for colour in palette],
+        "step": step,
+        "model": model.state_dict(),
+    }
+
+
+def save_segmenter(
+    path: Path,
+    model: Segmenter,
+    config: Config,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    step: int = 0,
+) -> None:
+    """Write a model, edited or not, as `load_segmenter` and the commands read it; see `segmenter_content`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, segmenter_content(model, config, classes, palette, step))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -82,6 +129,8 @@ def load_segmenter(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:
     content = load_checkpoint(path)
     config = config_from(content["config"], f"{path} (its config)")
     backbone = config.backbone.model_copy(update={"weights": "none"})  # they come from the checkpoint
-    model = build_model(config.model_copy(update={"backbone": backbone}), len(content["classes"]))
+    model = build_model(config.model_copy(update={"backbone": backbone}))
+    if model.prototypes is not None and model.prototypes.num_classes != len(content["classes"]):
+        model.prototypes.resize_(len(content["classes"]))  # edited after training
     load_weights(model, content["model"], path)
     return model.eval(), config, content

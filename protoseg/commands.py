@@ -100,7 +100,10 @@ def predict_command(arguments: Sequence[str]) -> None:
     device = distributed.setup()
     label_map: LabelMap | None = config.data.label_map
     if args.raw_ids:
-        label_map = dataset_spec(config.data.name, config.data.classes, label_map=label_map).label_map
+        spec = dataset_spec(config.data.name, config.data.classes, label_map=label_map)
+        label_map = spec.label_map
+        if list(spec.classes) != content["classes"]:
+            raise UserError(f"--raw-ids: {args.run} has other classes than its dataset; leave the option out")
     outputs = Outputs(
         args.out,
         [(r, g, b) for r, g, b in content["palette"]],

@@ -2,10 +2,11 @@
 
 C classes, K prototypes per class, D channels, N pixels. Class ids stay 0…C−1: those above a removed one
 move down by one. Buffers (and the 2·C numbers of `score_norm: layer_norm`) are replaced by ones of another
-size, so make the optimiser afterwards. With `all_reduce` every rank must make the same call.
+size, so make the optimiser afterwards. With `all_reduce` every rank must make the same call: random
+directions are drawn from the same seed on all of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,28 +36,27 @@ class Editing(nn.Module):
     idle: Tensor
     movement: Tensor
     dim: int
+    ignore_index: int
     kappa: float
     sinkhorn_iterations: int
     all_reduce: AllReduce | None
-
-    def _embed(self, features: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _valid_labels(self, features: Tensor, labels: Tensor, only_initialized: bool = True) -> Tensor:
-        raise NotImplementedError
+    _embed: Callable[[Tensor], Tensor]
+    _valid_labels: Callable[..., Tensor]
 
     @torch.no_grad()
     def add_class(self, features: Tensor, labels: Tensor) -> int:
         """Add a class from labelled pixels, and return its id C.
 
         features (B, D, h, w). labels (B, h, w): a bool mask of its pixels, or integers, of which those
-        equal to C are its pixels. Errors: ValueError if there is no such pixel.
+        equal to C are its pixels. Errors: ValueError if there is no such pixel, or C is the ignore index.
         """
         num_classes, num_prototypes, _ = self.prototypes.shape
+        if num_classes == self.ignore_index:
+            raise ValueError(f"add_class: the new class would be {num_classes}, which is the ignore index")
         mine = labels if labels.dtype == torch.bool else labels == num_classes
         emb_ND = self._embed(features)
         labels_N = torch.where(mine.reshape(-1), 0, -1)
-        fresh_1KD = unit(torch.randn(1, num_prototypes, self.dim)).to(emb_ND)
+        fresh_1KD = self._random(1, num_prototypes).to(emb_ND.dtype)
         wanted_1K = torch.ones(1, num_prototypes, dtype=torch.bool, device=emb_ND.device)
         protos_1KD, placed_1K = self._start(emb_ND, labels_N, fresh_1KD, wanted_1K)
         if not placed_1K.any():
@@ -91,7 +91,7 @@ class Editing(nn.Module):
         live = [c for c in (into, other) if self.initialized[c]]
         if live:
             points_ND = self.prototypes[live].flatten(0, 1)
-            fresh_1KD = unit(torch.randn_like(self.prototypes[:1]))
+            fresh_1KD = self._random(1, self.prototypes.shape[1])
             labels_N = torch.zeros_like(points_ND[:, 0], dtype=torch.int64)
             # Every rank holds the same prototypes: nothing to join.
             wanted_1K = torch.ones_like(self.idle[:1], dtype=torch.bool)
@@ -122,7 +122,8 @@ class Editing(nn.Module):
             order_CK = self.usage.argsort(dim=1, descending=True, stable=True)
             index_CJ = order_CK[:, torch.arange(num_prototypes - old_K, device=order_CK.device) % old_K]
             parents_CJD = protos_CKD.gather(1, index_CJ[..., None].expand(-1, -1, self.dim))
-            children_CJD = unit(parents_CJD + SPLIT_NOISE * unit(torch.randn_like(parents_CJD)))
+            noise_CJD = self._random(num_classes, num_prototypes - old_K).to(parents_CJD.dtype)
+            children_CJD = unit(parents_CJD + SPLIT_NOISE * noise_CJD)
             protos_CKD = torch.cat([protos_CKD, children_CJD], 1)
         elif num_prototypes < old_K:
             labels_N = torch.arange(num_classes, device=protos_CKD.device).repeat_interleave(old_K)
@@ -152,8 +153,11 @@ class Editing(nn.Module):
 
         features (B, D, h, w), labels (B, h, w) at the same resolution. `batches` is gone through 1 + rounds
         times (a list or loader, not a generator): once to start each class from the first batch that shows
-        it, then each round moves every prototype to the mean of its pixels in all batches.
+        it, then each round moves every prototype to the mean of its pixels in all batches. Errors: ValueError
+        for a generator.
         """
+        if iter(batches) is batches:
+            raise ValueError("refit: goes through the batches several times; give a list or a loader")
         num_classes, num_prototypes, _ = self.prototypes.shape
         fresh_C = torch.ones_like(self.initialized)
         for features, labels in batches:
@@ -189,6 +193,18 @@ class Editing(nn.Module):
             )
         self.usage.copy_(torch.where(fresh_C[:, None], self.usage, counts_CK))
         self.idle.masked_fill_(~fresh_C[:, None], 0)
+
+    @torch.no_grad()
+    def resize_(self, num_classes: int) -> None:
+        """Room for `num_classes` classes, none of which has prototypes: to load an edited state into."""
+        self._replace(*(old.new_zeros(num_classes, *old.shape[1:]) for old in self._state()))
+        self._resize_norm(torch.arange(0, device=self.prototypes.device), num_classes)
+
+    def _random(self, num_classes: int, num_prototypes: int) -> Tensor:
+        """Random unit vectors (num_classes, num_prototypes, D), the same on every rank."""
+        generator = torch.Generator().manual_seed(len(self.prototypes))
+        vectors_CKD = torch.randn(num_classes, num_prototypes, self.dim, generator=generator)
+        return unit(vectors_CKD).to(self.prototypes)
 
     def _start(
         self, emb_ND: Tensor, labels_N: Tensor, protos_CKD: Tensor, wanted_CK: Tensor

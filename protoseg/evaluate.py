@@ -21,12 +21,14 @@ class Scores:
 
     classes: tuple[str, ...]
     confusion: Tensor  # (C, C) int64 pixel counts, row = label, column = prediction
+    unlabelled: tuple[int, ...] = ()  # classes that the data cannot show: a prediction is wrong, IoU is NaN
 
     @property
     def iou(self) -> Tensor:
         """(C,) intersection over union."""
         hit = self.confusion.diag().double()
-        return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)
+        iou = hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)
+        return iou.index_fill(0, torch.tensor(self.unlabelled, dtype=torch.long), torch.nan)
 
     @property
     def accuracy(self) -> Tensor:

@@ -14,6 +14,7 @@ from protoseg import distributed
 from protoseg.atlas import Pixels, Sample, Survey, read_samples, similarity_maps, spread_indices, survey
 from protoseg.checkpoint import find_checkpoint, load_segmenter
 from protoseg.config import Config, UserError, config_from, merge, parse_override, to_plain
+from protoseg.data.files import with_classes
 from protoseg.explorer import FigureEntry, explorer_page
 from protoseg.figures import (
     assignment_figure,
@@ -73,10 +74,10 @@ def write_gallery(
         raise UserError(f"{runs[1]}: trained on other classes than {runs[0]}; compare runs on the same data")
     out = out or first.folder / "prototypes"
     out.mkdir(parents=True, exist_ok=True)
-    seen = open_dataset(first.config, split)
-    val = open_dataset(first.config, first.config.data.val_split)
-    if list(seen.classes) != first.classes:
-        raise UserError(f"{runs[0]}: the {split} split has other classes than the run was trained on")
+    seen, val = (
+        with_classes(open_dataset(first.config, part), first.classes, first.palette)
+        for part in (split, first.config.data.val_split)
+    )
     print(f"{runs[0]}: looking at {min(images, len(seen))} images of {split}", flush=True)
     per_class = max(10, MOST_POINTS // min(len(first.classes), MOST_CLASSES))
     surveys = [

@@ -33,7 +33,8 @@ class Measures:
     def boundary_iou(self) -> Tensor:
         """(C,) IoU of the boundary regions (Cheng et al., CVPR 2021, Eq. 2); NaN for absent classes."""
         label, predicted, both = self.boundary.double()
-        return both / (label + predicted - both)
+        iou = both / (label + predicted - both)
+        return iou.index_fill(0, torch.tensor(self.scores.unlabelled, dtype=torch.long), torch.nan)
 
     @property
     def calibration_error(self) -> float:

@@ -3,7 +3,7 @@
 import csv
 import io
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from protoseg import distributed
 from protoseg.checkpoint import load_segmenter
 from protoseg.config import UserError, config_from, merge, parse_override, to_plain
+from protoseg.data.files import in_short, with_classes
 from protoseg.data.loader import eval_loader
 from protoseg.inference import Protocol, segment
 from protoseg.metrics import Measures, measure
@@ -49,12 +50,11 @@ def score_run(
         config = config_from(merge(to_plain(config), parse_override(override)), f"override {override!r}")
     device = distributed.setup()
     split = split or config.data.val_split
-    dataset = open_dataset(config, split)
-    if list(dataset.classes) != content["classes"]:
-        raise UserError(
-            f"{path}: trained on {len(content['classes'])} classes that are not those of {split}"
-            f" ({len(dataset.classes)}); evaluate on data with the same class list"
-        )
+    given = open_dataset(config, split)
+    dataset = with_classes(given, content["classes"], content["palette"])
+    ignored = [name for name in given.classes if name not in dataset.classes]
+    if ignored and distributed.is_main():
+        print(f"note: {path} has no class {in_short(ignored)}: these labels are ignored", flush=True)
     model = model.to(device)
     console = _console()
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
@@ -77,11 +77,14 @@ def score_run(
             device,
             boundary_ratio,
         )
+    unlabelled = tuple(i for i, name in enumerate(dataset.classes) if name not in given.classes)
+    measures = replace(measures, scores=replace(measures.scores, unlabelled=unlabelled))
     facts = {
         "run": str(path),
         "step": content["step"],
         "split": split,
         "images": len(dataset),
+        "ignored_classes": ignored,
         "protocol": protocol.to_plain(),
         "boundary_ratio": boundary_ratio,
     }
@@ -108,6 +111,8 @@ def print_comparison(first: RunScores, second: RunScores) -> None:
         table.add_row(escape(name), _percent(a), _percent(b), _signed(a, b))
     _console().print(table)
     plain = [run.to_plain() for run in (first, second)]
+    if plain[0]["IoU"].keys() != plain[1]["IoU"].keys():
+        print("note: the models have different classes, and so have the means below")
     for name in ("mIoU", "aAcc", "mAcc", "boundary_mIoU", "ECE"):
         a, b = (values[name] for values in plain)
         print(f"{name.replace('_', ' ')}: A {_percent(a)}  B {_percent(b)}  B − A {_signed(a, b)}")
@@ -115,14 +120,17 @@ def print_comparison(first: RunScores, second: RunScores) -> None:
 
 
 def comparison(first: RunScores, second: RunScores) -> list[tuple[str, float | None, float | None]]:
-    """(class, IoU of the first, IoU of the second). Errors: UserError if the class lists differ."""
+    """(class, IoU of the first, IoU of the second), None where a model does not have the class.
+
+    Errors: UserError if they share no class.
+    """
     a, b = (run.measures.to_plain()["IoU"] for run in (first, second))
-    if list(a) != list(b):
+    if not a.keys() & b.keys():
         raise UserError(
-            f"{first.facts['run']} and {second.facts['run']}: class lists differ ({len(a)} and {len(b)}"
-            " classes); compare models of the same classes"
+            f"{first.facts['run']} and {second.facts['run']} have no class in common;"
+            " compare models of the same classes"
         )
-    return [(name, a[name], b[name]) for name in a]
+    return [(name, a.get(name), b.get(name)) for name in {**a, **b}]
 
 
 def difference(a: float | None, b: float | None) -> float:

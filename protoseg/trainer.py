@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from protoseg import distributed
-from protoseg.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from protoseg.checkpoint import load_checkpoint, load_weights, save_checkpoint, segmenter_content
 from protoseg.config import Config, UserError, differing_keys, to_plain
 from protoseg.data.datasets import Dataset, build_dataset
 from protoseg.data.loader import EvalLoader, eval_loader, train_loader
@@ -241,14 +241,10 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
 
 
 def weights(run: Run) -> dict[str, Any]:
-    """What prediction needs: the model, its configuration and its class list."""
-    return {
-        "config": to_plain(run.config),
-        "classes": list(run.classes),
-        "palette": [list(colour) for colour in run.palette],
-        "step": run.step,
-        "model": {name: t for name, t in run.model.state_dict().items() if not name.startswith(PROJECTION)},
-    }
+    """What prediction needs, without the part of the model that only training has."""
+    content = segmenter_content(run.model, run.config, run.classes, run.palette, run.step)
+    content["model"] = {name: t for name, t in content["model"].items() if not name.startswith(PROJECTION)}
+    return content
 
 
 def save(run: Run, out: Path) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from protoseg.config import UserError
-from protoseg.data import digits
+from protoseg.data import build_dataset, digits
+from protoseg.data.datasets import dataset_spec
 from protoseg.data.digits import BACKGROUND, IGNORE, Digits
 
 
@@ -74,3 +75,31 @@ def test_wrong_split_size_and_index():
         Digits("train", size=(40, 72))
     with pytest.raises(IndexError):
         Digits("val", length=3).read(3)
+
+
+def test_some_digits_alone_with_ids_in_the_order_given():
+    chosen = ("background", "7", "3")
+    scenes = Digits("train", classes=chosen, length=6)
+    labels = torch.stack([scenes.read(i)[1] for i in range(6)])
+    assert set(labels.unique().tolist()) == {0, 1, 2, IGNORE}
+    assert scenes.palette == tuple(digits.PALETTE[i] for i in (10, 7, 3))
+    swapped = Digits("train", classes=("background", "3", "7"), length=6)
+    expected = torch.tensor([0, 2, 1, *[IGNORE] * 253], dtype=torch.uint8)[labels.long()]
+    assert torch.equal(torch.stack([swapped.read(i)[1] for i in range(6)]), expected)
+    spec = dataset_spec("digits", chosen)
+    assert (spec.classes, spec.colours) == (chosen, scenes.palette)
+    assert build_dataset("digits", root=None, split="val", classes=chosen).classes == chosen
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["0", "ten", "background"], r"data.classes: digits has 0, 1.*got 0, ten, background"),
+        (["0", "0", "background"], "each once"),
+        (["0", "1"], "needs 'background' and at least one digit"),
+        (["background"], "needs 'background' and at least one digit"),
+    ],
+)
+def test_wrong_digits_are_named(classes, message):
+    with pytest.raises(UserError, match=message):
+        dataset_spec("digits", classes)

@@ -193,7 +193,7 @@ def test_two_runs_class_by_class(folder: Path, tmp_path: Path, capsys: pytest.Ca
         (["{a}", "--step", "4", "4"], "give the window"),
         (["{a}", "--boundary", "2"], "--boundary"),
         (["{a}", "--split", "nowhere"], "nowhere"),
-        (["{a}", "data.classes=[x,y,z]"], "same class list"),
+        (["{a}", "data.classes=[x,y,z]"], "none of its classes (x, y, z) is one of the model's"),
         (["{a}", "--json", "{a}/last.pt/scores.json"], "cannot write"),
         (["{a}/nothing"], "nothing"),
     ],

@@ -215,14 +215,15 @@ def build_dataset(
 ) -> Dataset:
     """Dataset `name` of DATASETS, one split or several joined by "+".
 
-    classes, palette, ignore_index and label_map describe a `folder`; the other datasets bring their own. A
-    label map sends raw ids to class ids, class names or "ignore". `exclude` is a text file with paths of
-    images or labels to leave out, one per line, relative to `root`. `seed` is for the scenes of `digits`.
+    classes, palette, ignore_index and label_map describe a `folder`; the other datasets bring their own, but
+    `classes` may choose some digits. A label map sends raw ids to class ids, class names or "ignore".
+    `exclude` is a text file with paths of images or labels to leave out, one per line, relative to `root`.
+    `seed` is for the scenes of `digits`.
     Raises UserError, one line, for anything wrong with the names or the files.
     """
     spec = dataset_spec(name, classes, palette, ignore_index, label_map)
     if name == "digits":
-        return digits.Digits(split, seed=seed)
+        return digits.Digits(split, seed=seed, classes=spec.classes)
     if root is None:
         raise UserError(f"data.root: '{name}' needs the folder where it lies; get it: {spec.homepage}")
     root = Path(root)
@@ -254,6 +255,13 @@ def dataset_spec(
         raise UserError(f"data.name: no dataset '{name}'; use one of {', '.join(DATASETS)}")
     if name == "folder":
         return _folder_spec(DATASETS[name], classes, palette, ignore_index, label_map)
+    if name == "digits" and classes is not None:  # some of its digits
+        classes = digits.known_classes(classes)
+        return replace(
+            dataset_spec(name, None, palette, ignore_index, label_map),
+            classes=classes,
+            palette=digits.colours(classes),
+        )
     if any(given is not None for given in (classes, palette, ignore_index, label_map)):
         raise UserError(
             f"data: '{name}' brings its own classes, palette, ignore_index and label_map; "

@@ -7,6 +7,7 @@ high, so a stroke is about 6 pixels wide: wider than the stride 4 of the decode 
 
 import colorsys
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -42,22 +43,39 @@ _PHOTO_LIGHT = 0.45
 _OUTSIDE, _INSIDE = 64, 192
 
 
+def known_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """The class names as a tuple. Errors: UserError unless they are digits and background, each once."""
+    if not set(classes) <= set(CLASSES) or len(set(classes)) < len(classes):
+        raise UserError(f"data.classes: digits has {', '.join(CLASSES)}, each once; got {', '.join(classes)}")
+    if "background" not in classes or len(classes) < 2:
+        raise UserError("data.classes: digits needs 'background' and at least one digit")
+    return tuple(classes)
+
+
+def colours(classes: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
+    """The palette of these classes."""
+    return tuple(PALETTE[CLASSES.index(name)] for name in classes)
+
+
 @cache
-def _glyphs(split: str) -> tuple[tuple[Image.Image, ...], NDArray[np.int64]]:
-    """Enlarged coverage maps of one split and their digits. Every fifth sample of each digit is val."""
+def _glyphs(
+    split: str, classes: tuple[str, ...] = CLASSES
+) -> tuple[tuple[Image.Image, ...], NDArray[np.int64]]:
+    """Enlarged coverage maps of one split and their class ids. Every fifth sample of each digit is val."""
     data = load_digits()
     keep = np.zeros(len(data.target), dtype=bool)
     for digit in range(10):
         keep[np.flatnonzero(data.target == digit)[::5]] = True
     if split == "train":
         keep = ~keep
+    keep &= np.isin(data.target, [digit for digit in range(10) if str(digit) in classes])
     glyphs = []
     for sample in data.images[keep]:
         grey = Image.fromarray(np.round(sample * (255 / 16)).astype(np.uint8))
         large = np.asarray(grey.resize((_GLYPH, _GLYPH), Image.Resampling.BICUBIC), dtype=np.float32)
         # A soft threshold at half ink turns the blur of the 8×8 scan into a stroke with an anti-aliased edge.
         glyphs.append(Image.fromarray(np.clip((large - 70) * 2.5, 0, 255).astype(np.uint8)))
-    return tuple(glyphs), data.target[keep]
+    return tuple(glyphs), np.array([classes.index(str(digit)) for digit in data.target[keep]])
 
 
 @cache
@@ -69,20 +87,28 @@ class Digits:
     """Scenes of digits on a loose grid, a pure function of (seed, split, index).
 
     No handwriting is in both splits. `read` gives an image (3, H, W) uint8 and a label (H, W) uint8 whose ids
-    are the digits 0–9, 10 for background and 255 on the ambiguous rim of the strokes.
+    are those of `classes` (by default the digits 0–9, then 10 for background), and 255 on the ambiguous rim
+    of the strokes. With fewer classes the scenes have these digits only. Errors: UserError for wrong
+    arguments.
     """
 
-    classes = CLASSES
-    palette: tuple[tuple[int, int, int], ...] = PALETTE
     ignore_index = IGNORE
 
     def __init__(
-        self, split: str, *, seed: int = 0, length: int | None = None, size: tuple[int, int] = (72, 72)
+        self,
+        split: str,
+        *,
+        seed: int = 0,
+        length: int | None = None,
+        size: tuple[int, int] = (72, 72),
+        classes: Sequence[str] = CLASSES,
     ) -> None:
         if split not in LENGTHS:
             raise UserError(f"data.split: digits has no split '{split}'; use one of {', '.join(LENGTHS)}")
         if min(size) < CELL + 8:  # a turned digit of the largest side needs 42
             raise UserError(f"data: a digits scene of {size} pixels is too small; use {CELL + 8} or more")
+        self.classes = known_classes(classes)
+        self.palette = colours(self.classes)
         self.split = split
         self.seed = seed
         self.size = size
@@ -100,8 +126,8 @@ class Digits:
         rng = np.random.default_rng((self.seed, list(LENGTHS).index(self.split), index))
         height, width = self.size
         image = _photo_crop(rng, height, width)
-        label = np.full((height, width), BACKGROUND, dtype=np.uint8)
-        glyphs, digits = _glyphs(self.split)
+        label = np.full((height, width), self.classes.index("background"), dtype=np.uint8)
+        glyphs, digits = _glyphs(self.split, self.classes)
         for top, left in _cells(rng, height, width):
             which = int(rng.integers(len(glyphs)))
             colour = _bright_colour(rng)

@@ -1,6 +1,6 @@
 """Samples read from image and label files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -68,6 +68,56 @@ class FileDataset:
     def label(self, index: int) -> torch.Tensor:
         label_file = self.files[index][1]
         return torch.from_numpy(self._ids.to_classes(self._read_ids(label_file), label_file))
+
+
+class RenumberedDataset:
+    """A dataset in the class ids of another list, matched by name; classes that are not in it are ignored."""
+
+    def __init__(self, dataset: Dataset, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
+        self.dataset = dataset
+        self.classes = tuple(classes)
+        self.palette = tuple((r, g, b) for r, g, b in palette)
+        self.ignore_index = max(dataset.ignore_index, len(classes))
+        dtype = torch.uint8 if self.ignore_index < 256 else torch.int32
+        ids = [classes.index(name) if name in classes else self.ignore_index for name in dataset.classes]
+        self._ids = torch.tensor([*ids, self.ignore_index], dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, label = self.dataset.read(index)
+        return image, self._renumbered(label)
+
+    def label(self, index: int) -> torch.Tensor:
+        return self._renumbered(self.dataset.label(index))
+
+    def _renumbered(self, label: torch.Tensor) -> torch.Tensor:
+        ignored = label == self.dataset.ignore_index
+        return self._ids[label.long().masked_fill(ignored, len(self._ids) - 1)]
+
+
+def with_classes(dataset: Dataset, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> Dataset:
+    """The dataset in the class ids of a model that has these classes; itself if it has the same list.
+
+    Errors: UserError if no class has the same name in both.
+    """
+    if list(dataset.classes) == list(classes):
+        return dataset
+    if not set(dataset.classes) & set(classes):
+        raise UserError(
+            f"data: none of its classes ({in_short(dataset.classes)}) is one of the model's"
+            f" ({in_short(classes)}); classes are matched by name, use data with the model's names"
+        )
+    return RenumberedDataset(dataset, classes, palette)
+
+
+def in_short(names: Sequence[str], longest: int = 5) -> str:
+    """The first few names, and how many there are."""
+    return ", ".join(names[:longest]) + (f", … ({len(names)})" if len(names) > longest else "")
 
 
 def check_sizes(image: tuple[int, ...], label: tuple[int, ...], image_file: Path, label_file: Path) -> None:
