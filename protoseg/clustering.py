@@ -1,7 +1,8 @@
 """The maths of nonparametric prototypes: Sinkhorn, assignment, update, choice of starting points.
 
 N pixels, C classes, K prototypes per class, D channels.
-Embeddings and prototypes have unit length along D. A label of −1 marks a pixel that takes no part.
+Embeddings and prototypes have unit length along D; half types are promoted to float32, double stays double.
+A label (any integer type) of −1 marks a pixel that takes no part.
 `all_reduce(tensor, "sum" | "max")` joins the ranks of a distributed run; None means one process. Every
 function gives the same result for any split of the pixels over ranks.
 """
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protoseg.scores import MIN_NORM, unit
+from protoseg.scores import MIN_NORM, at_least_single, unit
 
 AllReduce = Callable[[Tensor, str], Tensor]
 LOG_DOMAIN_BELOW = 0.03  # exp(−2/κ) nears the end of float32 there
@@ -35,7 +36,7 @@ def sinkhorn(
     `iterations` rounds of prototype marginal, then pixel marginal. log_domain: default below κ = 0.03.
     Returns plan_NK, rows summing to 1, zero rows where the label is −1. No gradient passes.
     """
-    own_NK = own_NK.detach().to(torch.promote_types(own_NK.dtype, torch.float32))
+    own_NK, labels_N = at_least_single(own_NK.detach()), labels_N.long()
     if kappa < LOG_DOMAIN_BELOW if log_domain is None else log_domain:
         return _sinkhorn_log(own_NK, labels_N, num_classes, kappa, iterations, all_reduce)
     taking_part_N = labels_N >= 0
@@ -43,14 +44,15 @@ def sinkhorn(
     # The constant shift is the same for all pixels, classes and ranks; cosines are at most 1.
     kernel_NK = torch.where(taking_part_N[:, None], ((own_NK - 1) / kappa).exp(), 0)
     plan_NK = kernel_NK
+    smallest = torch.finfo(kernel_NK.dtype).tiny  # of which the reciprocal is finite
     for _ in range(iterations):
         taken_CK = _reduced(
             plan_NK.new_zeros(num_classes, own_NK.shape[1]).index_add_(0, class_N, plan_NK), all_reduce
         )
         # The share N_c/K is left out: it is the same for all k, and the pixel marginal cancels it.
-        plan_NK = plan_NK * torch.where(taken_CK > 0, 1 / taken_CK, 0)[class_N]
+        plan_NK = plan_NK * torch.where(taken_CK >= smallest, 1 / taken_CK, 0)[class_N]
         given_N1 = plan_NK.sum(1, keepdim=True)
-        plan_NK = plan_NK * torch.where(given_N1 > 0, 1 / given_N1, 0)
+        plan_NK = plan_NK * torch.where(given_N1 >= smallest, 1 / given_N1, 0)
     return plan_NK
 
 
@@ -100,15 +102,17 @@ def cluster_sums(
     emb_ND: Tensor, labels_N: Tensor, assignment_N: Tensor, num_classes: int, num_prototypes: int
 ) -> Tensor:
     """Sum (C, K, D) of the embeddings assigned to each prototype, on this rank alone."""
+    emb_ND = at_least_single(emb_ND.detach())
     row_N = _rows(labels_N, assignment_N, num_classes, num_prototypes)
     sums_RD = emb_ND.new_zeros(num_classes * num_prototypes + 1, emb_ND.shape[1])
-    return sums_RD.index_add_(0, row_N, emb_ND.detach())[:-1].view(num_classes, num_prototypes, -1)
+    return sums_RD.index_add_(0, row_N, emb_ND)[:-1].view(num_classes, num_prototypes, -1)
 
 
 def _rows(labels_N: Tensor, assignment_N: Tensor, num_classes: int, num_prototypes: int) -> Tensor:
     """c·K + k, and the row after the last for pixels that take no part."""
     counted_N = (labels_N >= 0) & (assignment_N >= 0)
-    return torch.where(counted_N, labels_N * num_prototypes + assignment_N, num_classes * num_prototypes)
+    row_N = labels_N.long() * num_prototypes + assignment_N
+    return torch.where(counted_N, row_N, num_classes * num_prototypes)
 
 
 def cluster_means(
@@ -124,7 +128,7 @@ def cluster_means(
     labels_N, assignment_N: int64, −1 takes no part. Mean 0 where there is no pixel. No gradient passes.
     """
     sums_CKD = cluster_sums(emb_ND, labels_N, assignment_N, num_classes, num_prototypes)
-    counts_CK = cluster_counts(labels_N, assignment_N, num_classes, num_prototypes, emb_ND.dtype)
+    counts_CK = cluster_counts(labels_N, assignment_N, num_classes, num_prototypes, sums_CKD.dtype)
     counts_CK = _reduced(counts_CK, all_reduce)
     return divided(_reduced(sums_CKD, all_reduce), counts_CK), counts_CK
 
@@ -139,6 +143,7 @@ def momentum_update(protos_CKD: Tensor, means_CKD: Tensor, counts_CK: Tensor, mo
 
     A mean, or a result, shorter than 1e-6 has no direction: p stays, bit for bit. Returns (C, K, D).
     """
+    protos_CKD, means_CKD = at_least_single(protos_CKD), at_least_single(means_CKD)
     norm_CK1 = means_CKD.norm(dim=-1, keepdim=True)
     moved_CKD = momentum * protos_CKD + (1 - momentum) * means_CKD / norm_CK1.clamp(min=MIN_NORM)
     length_CK1 = moved_CKD.norm(dim=-1, keepdim=True)
@@ -158,16 +163,16 @@ def spread_prototypes(
     Farthest-point choice, all classes at once: prototype k goes to the pixel of its class whose best cosine
     with the prototypes that stand already is lowest, the first of a class to the pixel nearest its class's
     mean. Where a pixel is chosen twice (fewer pixels than K), a little of the prototype's old direction
-    tells the two apart. Loops over K. Returns (protos_CKD, placed_CK); nothing is placed for classes
-    without a pixel on any rank.
+    tells the two apart; a pixel without direction leaves the prototype where it is. Loops over K. Returns
+    (protos_CKD, placed_CK); nothing is placed for classes without a pixel on any rank.
     """
-    emb_ND = emb_ND.detach()
+    emb_ND = at_least_single(emb_ND.detach())
     num_classes, num_prototypes, dim = protos_CKD.shape
-    class_N = labels_N.clamp(min=0)
+    class_N = labels_N.clamp(min=0).long()
     taking_part_N = labels_N >= 0
     mean_CD, count_C = _class_means(emb_ND, labels_N, num_classes, all_reduce)
     placed_CK = wanted_CK & (count_C > 0)[:, None]
-    protos_CKD = protos_CKD.clone()
+    protos_CKD = protos_CKD.to(emb_ND.dtype, copy=True)
     stands_C = torch.zeros(num_classes, dtype=torch.bool, device=emb_ND.device)
     best_N = emb_ND.new_full(emb_ND.shape[:1], -2.0)
     for k in range(num_prototypes):
@@ -177,13 +182,14 @@ def spread_prototypes(
         stands_C = stands_C | stays_C
     to_mean_N = (emb_ND * mean_CD[class_N]).sum(1)
     # Exact ties are broken by what the pixels are, not by where they are: the order differs between ranks.
-    tie_N = emb_ND @ torch.linspace(1, 2, dim, dtype=emb_ND.dtype, device=emb_ND.device).sin()
+    tie_N = (emb_ND * torch.linspace(1, 2, dim, dtype=emb_ND.dtype, device=emb_ND.device).sin()).sum(1)
     for k in range(num_prototypes):
         key_N = torch.where(stands_C[class_N], -best_N, to_mean_N)
         chosen_N = _is_class_max(key_N, taking_part_N, class_N, num_classes, all_reduce)
         chosen_N = _is_class_max(tie_N, chosen_N, class_N, num_classes, all_reduce)
         point_CD, _ = _class_means(emb_ND, torch.where(chosen_N, class_N, -1), num_classes, all_reduce)
         again_C1 = (_class_max(best_N, chosen_N, class_N, num_classes, all_reduce) > 1 - 1e-6)[:, None]
+        again_C1 |= point_CD.norm(dim=1, keepdim=True) < MIN_NORM
         point_CD = unit(torch.where(again_C1, point_CD + 0.1 * protos_CKD[:, k], point_CD))
         protos_CKD[:, k] = torch.where(placed_CK[:, k, None], point_CD, protos_CKD[:, k])
         cosine_N = (emb_ND * point_CD[class_N]).sum(1)
@@ -220,7 +226,8 @@ def start_prototypes(
 
 def own_similarities(emb_ND: Tensor, protos_CKD: Tensor, labels_N: Tensor) -> Tensor:
     """iᵀp_yk (N, K) with the pixel's own class y, one k at a time; class 0 where the label is −1."""
-    class_N = labels_N.clamp(min=0)
+    emb_ND, protos_CKD = at_least_single(emb_ND), at_least_single(protos_CKD)
+    class_N = labels_N.clamp(min=0).long()
     return torch.stack([(emb_ND * protos_KD[class_N]).sum(1) for protos_KD in protos_CKD.unbind(1)], 1)
 
 
@@ -287,7 +294,8 @@ def health(
     unknown = protos_CKD.new_tensor(float("nan"))
     share_CK = usage_CK / usage_CK.sum(1, keepdim=True)
     entropy_C = -torch.xlogy(share_CK, share_CK).sum(1)
-    cosine_CKK = protos_CKD @ protos_CKD.mT
+    with torch.autocast(protos_CKD.device.type, enabled=False):
+        cosine_CKK = protos_CKD @ protos_CKD.mT
     upper_KK = torch.ones(num_prototypes, num_prototypes, device=protos_CKD.device).triu(1).bool()
     pairs_CP = cosine_CKK[:, upper_KK]
     several = num_prototypes > 1

@@ -332,7 +332,7 @@ class PrototypeHead(Editing):
             shown_C1 = shown_C1 * self.logit_scale
             fill_C1 = NOT_LIVE * (~live_C1).to(scores_CN.dtype)
         logits_CN = torch.addcmul(fill_C1.to(scores_CN.dtype), scores_CN, shown_C1)
-        return logits_CN.view(-1, batch, height, width).transpose(0, 1)
+        return logits_CN.view(self.num_classes, batch, height, width).transpose(0, 1)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PrototypeHead":
         super()._apply(fn, recurse)

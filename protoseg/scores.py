@@ -17,9 +17,14 @@ BLOCK = 1024  # pixels that are transposed at a time
 SMALLEST_CHUNK, LARGEST_CHUNK = {"cpu": 512, "cuda": 4096}, {"cpu": 2048, "cuda": 2**18}  # pixels
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """Half types become float32; float32 and double stay what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def unit(x: Tensor, dim: int = -1) -> Tensor:
     """x / max(‖x‖, 1e-6) along `dim`; half types become float32, double stays double."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=dim, eps=MIN_NORM)
+    return F.normalize(at_least_single(x), dim=dim, eps=MIN_NORM)
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -94,15 +99,18 @@ def class_scores(
 ) -> Tensor:
     """max over k of iᵀp_ck (N, C), −1 for classes that are not live: all that inference needs.
 
-    Plain operations on chunks of pixels: can be exported, and differentiated (then autograd keeps N × CK).
+    Arguments as in `prototype_scores`. Plain operations on chunks of pixels: can be exported, and
+    differentiated (then autograd keeps N × CK).
     """
+    emb_ND = at_least_single(emb_ND)
     num_classes, num_prototypes, _ = protos_CKD.shape
-    rows_MD = _k_major(protos_CKD, score_dtype)
-    parts = [
-        (rows_MD @ chunk_nD.to(rows_MD.dtype).t()).view(num_prototypes, num_classes, -1).amax(0)
-        for chunk_nD in emb_ND.split(_chunk(emb_ND, len(rows_MD), chunk_size))
-    ]
-    scores_CN = (torch.cat(parts, 1) if parts else emb_ND.new_zeros(num_classes, 0)).to(emb_ND.dtype)
+    rows_MD = _k_major(protos_CKD, score_dtype or emb_ND.dtype)
+    with torch.autocast(emb_ND.device.type, enabled=False):
+        parts = [
+            (rows_MD @ chunk_nD.to(rows_MD.dtype).t()).view(num_prototypes, num_classes, -1).amax(0)
+            for chunk_nD in emb_ND.split(_chunk(emb_ND, len(rows_MD), chunk_size))
+        ]
+    scores_CN = torch.cat(parts, 1).to(emb_ND.dtype)
     return (scores_CN if live_C is None else scores_CN.masked_fill(~live_C[:, None], -1.0)).t()
 
 
@@ -118,18 +126,21 @@ def prototype_scores(
 ) -> Scores:
     """Class scores, own-class similarities and the log-sum-exp over all prototypes.
 
-    emb_ND, protos_CKD: unit length, of one dtype (float32 or double). labels_N: int64, −1 takes no part.
-    live_C: bool, classes that have prototypes (default all). score_dtype: of the products with all M
-    prototypes, for example bfloat16 on a GPU; own_NK and all sums are in the dtype of emb_ND nevertheless.
+    emb_ND, protos_CKD: unit length; half types are promoted to float32, double stays double, and the
+    prototypes follow the embeddings. labels_N: integer, −1 takes no part. live_C: bool, classes that have
+    prototypes (default all). score_dtype: of the products with all M prototypes, for example bfloat16 on a
+    GPU; own_NK and all sums are in the dtype of emb_ND nevertheless.
     chunk_size: pixels at a time (default from the sizes). Memory: O(N·(C + K + D)) held for backward, n·M
     in passing. The gradient goes to emb_ND only; of prototypes that tie for the maximum the first one gets
     it.
     """
     if live_C is None:
         live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=emb_ND.device)
-    classes_CN, own_NK, log_sum_exp_N = _PrototypeScores.apply(
-        emb_ND, protos_CKD, labels_N, live_C, temperature, score_dtype, chunk_size
-    )
+    emb_ND = at_least_single(emb_ND)
+    with torch.autocast(emb_ND.device.type, enabled=False):
+        classes_CN, own_NK, log_sum_exp_N = _PrototypeScores.apply(
+            emb_ND, protos_CKD.to(emb_ND.dtype), labels_N.long(), live_C, temperature, score_dtype, chunk_size
+        )
     return Scores(classes_CN.t(), own_NK, log_sum_exp_N)
 
 

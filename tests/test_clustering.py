@@ -247,3 +247,91 @@ def test_health_by_hand():
     assert plain["mean_intra_cosine"] == pytest.approx([0.0, 1.0])
     assert plain["dead"] == [0.0, 1.0]
     assert plain["churn"] == pytest.approx([0.2, 0.0])
+
+
+def pipeline(emb, protos, labels, kappa=0.05):
+    """Every free function in turn: names and results."""
+    classes, count, _ = protos.shape
+    own = own_similarities(emb, protos, labels)
+    plan = sinkhorn(own, labels, classes, kappa)
+    assignment = assign(plan, labels)
+    means, counts = cluster_means(emb, labels, assignment, classes, count)
+    started, placed = start_prototypes(
+        emb, labels, protos, torch.ones(classes, count, dtype=torch.bool), kappa
+    )
+    results = {"own": own, "plan": plan, "means": means, "counts": counts, "start": started}
+    results |= prototype_scores(emb, protos, labels)._asdict()
+    results |= {"class_scores": class_scores(emb, protos)}
+    results |= {"update": momentum_update(protos, means, counts, 0.9)}
+    usage = torch.ones(classes, count, dtype=started.dtype)
+    alive = torch.ones(classes, dtype=torch.bool)
+    results |= health(protos.to(usage.dtype), usage, usage.long(), usage, alive, 5)._asdict()
+    return results | {"assignment": assignment, "placed": placed}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.double])
+@pytest.mark.parametrize("kappa", [0.05, 0.01])
+def test_half_types_are_promoted_and_double_is_kept(dtype, kappa):
+    emb, protos, labels = case(60, 8, 4, 3, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    got, expected = (pipeline(*(x.to(t) for x in (emb, protos)), labels, kappa) for t in (dtype, wide))
+    for name, value in got.items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
+        if value.is_floating_point():
+            assert value.dtype == wide, name
+
+
+@pytest.mark.parametrize("kappa", [0.05, 0.01])
+def test_autocast_label_types_and_strides_change_nothing(kappa):
+    emb, protos, labels = case(60, 8, 4, 3, torch.float32)
+    expected = pipeline(emb, protos, labels, kappa)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (emb, protos)]
+    assert not strided[0].is_contiguous()
+    shown = labels.repeat_interleave(2)[::2]
+    variants = {"strides": (*strided, shown), "int32": (emb, protos, labels.int())}
+    variants |= {"int16": (emb, protos, labels.short())}
+    for variant, arguments in variants.items():
+        for name, value in pipeline(*arguments, kappa).items():
+            assert_close_report(value, expected[name], f"{name}, {variant}", atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = pipeline(emb, protos, labels, kappa)
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), f"{name} under autocast"
+
+
+HOSTILE = {
+    "no pixel": (torch.zeros(0, 8), []),
+    "one pixel": (unit_vectors(1, 8), [1]),
+    "all ignored": (unit_vectors(5, 8), [-1] * 5),
+    "fewer pixels than K": (unit_vectors(5, 8), [0, 0, 1, -1, 1]),
+    "identical embeddings": (unit_vectors(1, 8).expand(6, 8), [2] * 6),
+    "opposite embeddings": (torch.cat([unit_vectors(3, 8), -unit_vectors(3, 8)]), [1] * 6),
+    "no direction": (torch.zeros(5, 8), [0, 1, 1, 1, -1]),
+    "one class only": (unit_vectors(40, 8), [1] * 40),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(("classes", "count"), [(4, 3), (4, 1), (4, 50)])
+@pytest.mark.parametrize("kappa", [0.05, 0.03, 0.001])
+def test_hostile_pixels_give_numbers_and_leave_absent_classes_alone(name, classes, count, kappa):
+    emb, labels = HOSTILE[name][0], torch.tensor(HOSTILE[name][1], dtype=torch.long)
+    protos = unit_vectors(classes, count, 8, seed=3)
+    got = pipeline(emb, protos, labels, kappa)
+    for key, value in got.items():
+        known = value if count > 1 else value.nan_to_num() if "intra" in key else value
+        assert known.isfinite().all(), key
+    absent = [c for c in range(classes) if c not in HOSTILE[name][1]]
+    for key in ("start", "update"):
+        assert torch.equal(got[key][absent], protos[absent]), f"{key}: an absent class changed"
+        assert_close_report(got[key].norm(dim=-1), torch.ones(classes, count), f"length, {key}", "CK", 1e-5)
+    assert not got["placed"][absent].any()
+    rows = got["plan"].sum(1)
+    assert_close_report(rows, (labels >= 0).float(), "row sums of the plan", "N", 1e-5)
+
+
+def test_exp_domain_below_its_range_gives_no_nan():
+    own = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for kappa in (0.02, 0.01, 0.001):
+        assert sinkhorn(own, torch.arange(50) % 4, 4, kappa, log_domain=False).isfinite().all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import unit_vectors
+from helpers import assert_close_report, run_ranks, unit_vectors
 
 from protoseg.prototypes import PrototypeHead
 
@@ -83,10 +83,54 @@ def test_refit_recovers_from_bad_prototypes_and_leaves_absent_classes():
     assert accuracy(head, *scene(range(3), seed=3)) == 1
 
 
-def test_an_edited_head_loads_into_one_of_its_size():
-    head = trained(range(3))
+@pytest.mark.parametrize("score_norm", ["scale", "layer_norm"])
+def test_an_edited_head_loads_into_one_made_for_fewer_or_more_classes(score_norm):
+    head = trained(range(3), score_norm=score_norm)
     head.add_class(*scene(range(4), seed=1))
-    fresh = PrototypeHead(16, 4, 3)
-    fresh.load_state_dict(head.state_dict())
     features, _ = scene(range(4))
-    assert torch.equal(fresh(features), head(features))
+    for count in (2, 4, 7):
+        fresh = PrototypeHead(16, count, 3, score_norm=score_norm)
+        fresh.resize_(4)
+        assert not fresh.initialized.any()
+        fresh.load_state_dict(head.state_dict())
+        assert torch.equal(fresh(features), head(features))
+
+
+def edits(head, features, labels, all_reduce=None):
+    """Every edit in turn."""
+    head.all_reduce = all_reduce
+    head.add_class(features, labels)
+    head.set_num_prototypes(5)
+    head.set_num_prototypes(4, features, labels)
+    head.merge_classes(0, 2)
+    head.remove_class(1)
+    head.refit([(features, labels)])
+    return head.prototypes
+
+
+def test_ranks_edit_alike_and_like_one_process():
+    parts = [scene(range(4), seed=1), scene([3, 0], seed=2, per_class=7), scene([1, 2], seed=3)]
+    joined = [torch.cat(pieces, -1) for pieces in zip(*parts)]
+    one = edits(trained(range(3)).double(), joined[0].double(), joined[1])
+
+    def work(rank, all_reduce):
+        torch.manual_seed(rank)  # as in training, where dropout differs between ranks
+        return edits(heads[rank], parts[rank][0].double(), parts[rank][1], all_reduce)
+
+    heads = [trained(range(3)).double() for _ in range(3)]
+    for mine in run_ranks(3, work):
+        assert_close_report(mine, one, "prototypes", "CKD", 1e-9)
+
+
+def test_autocast_changes_no_edit():
+    plain = edits(trained(range(3)), *scene(range(4), seed=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(edits(trained(range(3)), *scene(range(4), seed=1)), plain)
+
+
+def test_what_cannot_be_edited_is_named():
+    head = trained(range(3), ignore_index=3)
+    with pytest.raises(ValueError, match="the new class would be 3, which is the ignore index"):
+        head.add_class(*scene(range(4)))
+    with pytest.raises(ValueError, match="several times; give a list or a loader"):
+        head.refit(part for part in [scene(range(3))])

@@ -91,6 +91,51 @@ def test_hostile_batches_stay_finite(dim, classes, count, label, start, same):
                 assert torch.equal(value[others], state[name][others]), f"{name} of an absent class changed"
 
 
+@pytest.mark.parametrize("shape", [(0, 6, 5, 7), (2, 6, 0, 7)])
+@pytest.mark.parametrize("score_norm", ["scale", "layer_norm"])
+def test_an_empty_batch_changes_nothing(shape, score_norm):
+    for start in ("data", "random"):
+        head = head_of(start=start, score_norm=score_norm, update_pixels="correct")
+        before = {name: value.clone() for name, value in head.state_dict().items()}
+        features = torch.randn(shape, requires_grad=True)
+        labels = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
+        head.prepare_(features, labels)
+        out = head.training_step(features, labels)
+        (out.logits.sum() + out.ppc + out.ppd).backward()
+        head.update_(out)
+        assert out.ppc == out.ppd == 0
+        assert out.logits.shape == (shape[0], 4, *shape[2:])
+        assert head(features, return_distance=True)[1].shape == labels.shape
+        assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+@pytest.mark.parametrize("ignore_index", [-1, -100, 0, 255])
+def test_any_ignore_index(ignore_index):
+    features, labels = batch()
+    labels[labels == 0] = 255
+    heads = [head_of(start="data", ignore_index=index) for index in (255, ignore_index)]
+    outs = []
+    for head, given in zip(heads, (labels, labels.masked_fill(labels == 255, ignore_index))):
+        head.prepare_(features, given)
+        outs.append(head.training_step(features, given))
+        head.update_(outs[-1])
+    assert torch.equal(outs[0].assignment, outs[1].assignment)
+    assert (outs[0].ppc, outs[0].ppd) == (outs[1].ppc, outs[1].ppd)
+    assert torch.equal(heads[0].prototypes, heads[1].prototypes)
+
+
+def test_pixels_without_direction_start_no_prototype_of_length_zero():
+    head = head_of(start="data")
+    features, labels = batch()
+    dead = torch.zeros_like(features, requires_grad=True)
+    head.prepare_(dead, labels)
+    out = head.training_step(dead, labels)
+    (out.logits.sum() + out.ppc + out.ppd).backward()
+    head.update_(out)
+    assert dead.grad.isfinite().all()
+    assert_close_report(head.prototypes.norm(dim=-1), torch.ones(4, 3), "length", "CK", 1e-5)
+
+
 def test_no_labelled_pixel_gives_zero_with_a_graph():
     head = head_of(start="data")
     features, labels = batch()
@@ -178,6 +223,34 @@ def test_step_and_update_compile_in_one_graph(options):
             assert each.prototypes.grad_fn is None
         assert_close_report(grads[1], grads[0], "gradient")
         assert_close_report(compiled.prototypes, head.prototypes, "prototypes", "CKD")
+
+
+def test_forward_compiles_in_one_graph_and_can_be_exported():
+    head = head_of().eval()
+    features, _ = batch()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(features, return_distance=True), head(features, return_distance=True)):
+        assert_close_report(got, expected, "output")
+    grads = [torch.autograd.grad(f(features).square().sum(), features)[0] for f in (compiled, head)]
+    assert_close_report(*grads, "gradient", atol=1e-4)
+    plain = features.detach()
+    exported = torch.export.export(head, (plain,)).module()
+    assert_close_report(exported(plain), head(plain), "exported")
+
+
+def test_memory_format_changes_nothing():
+    features, labels = batch()
+    head = head_of(start="data")
+    head.prepare_(features, labels)
+    turned = features.detach().to(memory_format=torch.channels_last).requires_grad_()
+    strided = labels.transpose(1, 2).contiguous().transpose(1, 2)
+    outs = [head.training_step(*given) for given in ((features, labels), (turned, strided))]
+    grads = [
+        torch.autograd.grad(o.ppc + o.logits.square().mean(), x)[0] for o, x in zip(outs, (features, turned))
+    ]
+    assert torch.equal(outs[0].assignment, outs[1].assignment)
+    assert_close_report(outs[1].ppc, outs[0].ppc, "PPC")
+    assert_close_report(grads[1], grads[0], "gradient")
 
 
 def test_revival_moves_only_what_its_class_left_idle():
