@@ -1,7 +1,8 @@
 """What the figures and the explorer need, collected in one pass over the training images and the samples.
 
 N pixels of one image at embedding resolution (h, w), C classes, K prototypes per class, D channels.
-A prototype's number is c·K + k. "Won" pixels of a prototype are those to which it is the nearest of all.
+A prototype's number is c·K + k. It "wins" the pixels that the model gives to its class and that are nearer to
+it than to its siblings; where the scores are cosines, it then is the nearest of all.
 """
 
 import heapq
@@ -15,14 +16,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from protoseg.clustering import own_similarities
 from protoseg.data import Dataset
 from protoseg.inference import predict
 from protoseg.losses import downsample_labels
 from protoseg.model import Segmenter
-from protoseg.scores import class_scores, unit_rows
+from protoseg.scores import unit_rows
 
 RUNNERS_UP = 5  # classes with their scores, for each pixel of a sample
-PIXELS_AT_ONCE = 4096
 
 
 class Patch(NamedTuple):
@@ -63,9 +64,9 @@ class Sample:
     image: NDArray[np.uint8]  # (H, W, 3)
     label: NDArray[np.int64]  # (H, W)
     prediction: NDArray[np.int64]  # (H, W)
-    nearest: NDArray[np.int64]  # (h, w) number of the nearest prototype; −1 everywhere for a linear model
+    nearest: NDArray[np.int64]  # (h, w) number of the prototype that wins the cell; −1 for a linear model
     classes: NDArray[np.int64]  # (h, w, 5) the classes with the highest scores, best first
-    scores: NDArray[np.float32]  # (h, w, 5) cosines, or logits of a linear model
+    scores: NDArray[np.float32]  # (h, w, 5) cosines, or logits where these are something else
     emb_hwD: NDArray[np.float32]  # unit length
 
 
@@ -79,12 +80,12 @@ def survey(
     deeds = _Deeds(num_classes, head.num_prototypes, patches) if head is not None else None
     for index in indices:
         image, label = dataset.read(index)
-        emb_ND, size = embed(model, image)
+        emb_ND, logits_NC, size = embed(model, image)
         label_N = downsample_labels(label.long()[None], size).flatten().to(emb_ND.device)
         label_N = torch.where((label_N < num_classes) & (label_N != dataset.ignore_index), label_N, -1)
         keeper.add(emb_ND, label_N, index)
         if head is not None and deeds is not None:
-            near = nearest(emb_ND, head.prototypes, label_N, head.initialized)
+            near = nearest(emb_ND, head.prototypes, logits_NC.argmax(1), label_N)
             deeds.add(near, label_N, size, image, index, dataset.name(index))
     return (deeds.result() if deeds else None), keeper.result()
 
@@ -95,14 +96,13 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
     samples = []
     for index in indices:
         image, label = dataset.read(index)
-        emb_ND, size = embed(model, image)
+        emb_ND, logits_NC, size = embed(model, image)
+        winner_N = torch.full((len(emb_ND),), -1)
+        scores_NC = logits_NC
         if head is not None:
-            winner_N = nearest(emb_ND, head.prototypes, None, head.initialized).winner_N
-            scores_NC = class_scores(emb_ND, head.prototypes.to(emb_ND.dtype), head.initialized)
-        else:
-            winner_N = torch.full((len(emb_ND),), -1)
-            with torch.inference_mode():
-                scores_NC = model(image[None].to(model.mean.device))[0].flatten(1).t()
+            winner_N = nearest(emb_ND, head.prototypes, logits_NC.argmax(1)).winner_N
+            if head.score_norm == "scale":
+                scores_NC = (logits_NC / head.logit_scale).clamp(min=-1)  # −1 for classes without prototypes
         top = scores_NC.topk(min(RUNNERS_UP, scores_NC.shape[1]), dim=1)
         prediction = predict(model, image.to(model.mean.device), (label.shape[0], label.shape[1]))
         samples.append(
@@ -120,36 +120,33 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
     return samples
 
 
-def embed(model: Segmenter, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Unit vectors (N, D) of one image (3, H, W), and (h, w)."""
+def embed(model: Segmenter, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Of one image (3, H, W): unit vectors (N, D) as the classifier sees them, logits (N, C), and (h, w)."""
     with torch.inference_mode():
         embedding, _ = model.embed(image[None].to(model.mean.device))
-        return unit_rows(embedding), (embedding.shape[2], embedding.shape[3])
+        unit_ND = unit_rows(embedding) if model.prototypes is None else model.prototypes._embed(embedding)
+        return (
+            unit_ND,
+            model.classifier(embedding)[0].flatten(1).t(),
+            (embedding.shape[2], embedding.shape[3]),
+        )
 
 
 class Nearest(NamedTuple):
-    """For each pixel: the nearest prototype of all, and the nearest of its own class."""
+    """For each pixel: the nearest prototype of its predicted class, and the nearest of its own class."""
 
     winner_N: Tensor  # number c·K + k
     winner_cosine_N: Tensor
-    own_N: Tensor  # k; 0 where the label is −1
+    own_N: Tensor  # k; of class 0 where the label is −1
     own_cosine_N: Tensor
 
 
-def nearest(emb_ND: Tensor, protos_CKD: Tensor, label_N: Tensor | None, live_C: Tensor) -> Nearest:
-    """Nearest prototypes of pixels (N, D), a few thousand pixels at a time; classes not live take none."""
-    num_classes, num_prototypes, _ = protos_CKD.shape
-    rows_MD = protos_CKD.flatten(0, 1).to(emb_ND.dtype)
-    dead_M = ~live_C.repeat_interleave(num_prototypes)
-    class_N = torch.zeros(len(emb_ND), dtype=torch.long) if label_N is None else label_N.clamp(min=0).cpu()
-    parts = []
-    for emb_nD, class_n in zip(emb_ND.split(PIXELS_AT_ONCE), class_N.split(PIXELS_AT_ONCE)):
-        sims_nM = (emb_nD @ rows_MD.t()).masked_fill(dead_M, -1.0)
-        row_n = torch.arange(len(emb_nD), device=emb_nD.device)
-        own_nK = sims_nM.view(-1, num_classes, num_prototypes)[row_n, class_n.to(emb_nD.device)]
-        winner, own = sims_nM.max(1), own_nK.max(1)
-        parts.append((winner.indices, winner.values, own.indices, own.values))
-    return Nearest(*(torch.cat(part) for part in zip(*parts)))
+def nearest(emb_ND: Tensor, protos_CKD: Tensor, class_N: Tensor, label_N: Tensor | None = None) -> Nearest:
+    """Nearest prototypes of pixels (N, D): of the class that the model gives them, and of `label_N`."""
+    protos_CKD = protos_CKD.to(emb_ND.dtype)
+    winner = own_similarities(emb_ND, protos_CKD, class_N).max(1)
+    own = winner if label_N is None else own_similarities(emb_ND, protos_CKD, label_N).max(1)
+    return Nearest(class_N * protos_CKD.shape[1] + winner.indices, winner.values, own.indices, own.values)
 
 
 def similarity_maps(emb_hwD: NDArray, protos_KD: NDArray, size: tuple[int, int] | None = None) -> NDArray:

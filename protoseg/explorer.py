@@ -46,14 +46,18 @@ def explorer_page(
     names: tuple[str, str | None],
     second: Sequence[NDArray] = (),
     figures: Sequence[FigureEntry] = (),
+    score_name: str = "cosine",
 ) -> str:
     """The page as text. Labels of C and above are ignored pixels.
 
-    second: another model's predictions (H, W) for the samples; `names[1]` is what it is called.
+    second: another model's predictions (H, W) for the samples; `names[1]` is what it is called. score_name:
+    what the samples' class scores are, if not cosines.
     """
     num_classes, num_prototypes, _ = protos_CKD.shape
     safe = default_palette(num_classes)
     low = _lowest_cosine(samples, protos_CKD)
+    scores = np.concatenate([sample.scores[live_C[sample.classes]] for sample in samples])
+    score_range = (-1.0, 1.0) if score_name == "cosine" else (float(scores.min()), float(scores.max()))
     per_prototype = max(1, min(6, PATCHES // (num_classes * num_prototypes)))
     side = 96 if num_classes * num_prototypes * per_prototype <= 1000 else 64
     data = {
@@ -69,6 +73,8 @@ def explorer_page(
         },
         "runners_up": samples[0].classes.shape[-1],
         "heat_range": [low, 1.0],
+        "score_name": score_name,
+        "score_range": score_range,
         "names": list(names),
         "prototypes": [
             {
@@ -80,7 +86,7 @@ def explorer_page(
             for m, patches in enumerate(survey.patches)
         ],
         "samples": [
-            _sample(sample, protos_CKD, live_C, low, second[i] if second else None, len(samples))
+            _sample(sample, protos_CKD, low, score_range, second[i] if second else None, len(samples))
             for i, sample in enumerate(samples)
         ],
         "figures": [
@@ -97,8 +103,8 @@ def explorer_page(
 def _sample(
     sample: Sample,
     protos_CKD: NDArray,
-    live_C: NDArray[np.bool_],
     low: float,
+    score_range: tuple[float, float],
     second: NDArray | None,
     num_samples: int,
 ) -> dict[str, Any]:
@@ -123,8 +129,8 @@ def _sample(
         "prediction": _pack(_nearest_resize(sample.prediction, shown)),
         "nearest": _pack(_nearest_resize(sample.nearest, cells)),
         "classes": _pack(_nearest_resize(sample.classes, cells)),
-        "scores": _pack(np.round((_nearest_resize(sample.scores, cells).clip(-1, 1) + 1) * 32767.5), "u16"),
-        "heat": _pack(np.round((heat - low).clip(0) / (1 - low) * 255).clip(0, 255), "u8"),
+        "scores": _pack(_steps(_nearest_resize(sample.scores, cells), score_range, 65535)),
+        "heat": _pack(_steps(heat, (low, 1.0), 255), "u8"),
     }
     if second is not None:
         content["second"] = _pack(_nearest_resize(second, shown))
@@ -149,6 +155,11 @@ def _nearest_resize(array: NDArray, size: tuple[int, int]) -> NDArray:
     rows = ((np.arange(size[0]) + 0.5) * array.shape[0] / size[0]).astype(int)
     columns = ((np.arange(size[1]) + 0.5) * array.shape[1] / size[1]).astype(int)
     return array[np.ix_(rows, columns)]
+
+
+def _steps(values: NDArray, ends: tuple[float, float], most: int) -> NDArray:
+    """Numbers between the two ends as whole numbers 0 … most."""
+    return np.round((values.clip(*ends) - ends[0]) / max(ends[1] - ends[0], 1e-9) * most)
 
 
 def _pack(array: NDArray, kind: str = "u16") -> dict[str, str]:

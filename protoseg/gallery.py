@@ -117,6 +117,7 @@ def write_gallery(
         names=(first.name, loaded[1].name if len(loaded) > 1 else None),
         second=[sample.prediction for sample in shown[1]] if len(loaded) > 1 else (),
         figures=entries,
+        score_name="cosine" if head.score_norm == "scale" else "normalised score",
     )
     write_text(out / "index.html", page)
     size = (out / "index.html").stat().st_size / 1e6

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from planted import PlantedSet, planted_model
 
 from protoseg.atlas import Patch, Sample, Survey, read_samples, survey
 from protoseg.explorer import FigureEntry, explorer_page
+from protoseg.model import Segmenter
+from protoseg.prototypes import PrototypeHead
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -26,9 +29,9 @@ needs_browser = pytest.mark.skipif(
 PICTURE = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, data = planted_model(), PlantedSet()
+def write_page(path: Path, model: Segmenter, score_name: str = "cosine") -> Path:
+    """The explorer of a model on the planted set, with a second model that predicts class 0 everywhere."""
+    data = PlantedSet()
     assert model.prototypes is not None
     deeds, _ = survey(model, data, range(len(data)), patches=4)
     assert deeds is not None
@@ -44,10 +47,15 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         samples=samples,
         names=("ours", "other"),
         second=[np.zeros_like(sample.prediction) for sample in samples],
+        score_name=score_name,
     )
-    path = tmp_path_factory.mktemp("page") / "index.html"
     path.write_text(page)
     return path
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(tmp_path_factory.mktemp("page") / "index.html", planted_model())
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +74,19 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def page(chromium: Any, page_file: Path) -> Iterator[Any]:
     """A freshly loaded page at desktop width; ends with the check that the console holds no error."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
     chromium.set_window_size(1280, 900)
-    chromium.get(page_file.as_uri())
-    WebDriverWait(chromium, 60).until(lambda d: d.execute_script("return document.body.dataset.ready"))
+    visit(chromium, page_file)
     yield chromium
     errors = [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert not errors, errors
+
+
+def visit(chromium: Any, page_file: Path) -> None:
+    """Load a page and wait until it is drawn."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    chromium.get(page_file.as_uri())
+    WebDriverWait(chromium, 60).until(lambda d: d.execute_script("return document.body.dataset.ready"))
 
 
 def css(page: Any, selector: str) -> list[Any]:
@@ -141,6 +154,28 @@ def test_hover_tells_class_prototype_patches_and_runners_up(page: Any) -> None:
     point_at(page, 0, (0, 11))
     assert "ground · prototype" in inspector(page)
     assert "after upsampling" not in inspector(page)
+
+
+@needs_browser
+def test_normalised_scores_are_the_models_own(page: Any, tmp_path: Path) -> None:
+    """Where scores are normalised another class may have the larger cosine; it must not be called first."""
+    model = planted_model()
+    assert model.prototypes is not None
+    head = PrototypeHead(4, 2, 3, score_norm="layer_norm", start="random")
+    head.prototypes.copy_(model.prototypes.prototypes)
+    with torch.no_grad():
+        head.norm_bias[1] = 3.0
+    model.classifier = head
+    visit(page, write_page(tmp_path / "index.html", model, "normalised score"))
+    point_at(page, 0, (0, 11))  # grey ground
+    assert "thing · prototype" in inspector(page)
+    assert "after upsampling" not in inspector(page)
+    assert css(page, ".runners th")[0].text == "normalised score"
+    assert [cell.text for cell in css(page, ".runners td:first-child")] == ["thing", "ground"]
+    with torch.inference_mode():
+        logits = model(PlantedSet().read(3)[0][None])[0, :, 0, 11]
+    shown = [float(cell.text) for cell in css(page, ".runners td:last-child")]
+    assert shown == pytest.approx(sorted(logits.tolist(), reverse=True), abs=2e-3)
 
 
 @needs_browser

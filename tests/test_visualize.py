@@ -11,7 +11,6 @@ from planted import LOOKS, SIZE, SQUARE, PlantedSet, planted_model
 
 from protoseg.atlas import (
     crop_around,
-    nearest,
     read_samples,
     similarity_maps,
     spread_indices,
@@ -27,6 +26,9 @@ from protoseg.figures import (
     project,
     which_prototype_figure,
 )
+from protoseg.model import Segmenter
+from protoseg.official import OfficialHead
+from protoseg.prototypes import PrototypeHead
 from protoseg.visualize import (
     ONLY_FIRST,
     ONLY_SECOND,
@@ -118,12 +120,55 @@ def test_samples_answer_what_the_page_asks() -> None:
     assert similarity_maps(sample.emb_hwD, protos, (3, 5)).shape == (6, 3, 5)
 
 
+def disagreeing_model(official: bool) -> Segmenter:
+    """Scores are normalised over classes, and nearly every pixel is class 1 although class 0 is nearer."""
+    model = planted_model()
+    assert model.prototypes is not None
+    torch.manual_seed(0)
+    head = (OfficialHead if official else PrototypeHead)(4, 2, 3, score_norm="layer_norm", start="random")
+    if not official:
+        head.prototypes.copy_(model.prototypes.prototypes)
+    with torch.no_grad():
+        head.norm_bias[1] = 3.0
+    model.classifier = head.eval()
+    return model
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_the_winner_is_of_the_class_that_the_model_predicts(official: bool) -> None:
+    model, data = disagreeing_model(official), PlantedSet()
+    head = model.prototypes
+    assert head is not None
+    (sample,) = read_samples(model, data, [4])
+    with torch.inference_mode():
+        features, _ = model.embed(data.read(4)[0][None])
+        logits = head(features)[0]
+        emb = head._embed(features).view(*logits.shape[1:], 4).numpy()
+    sims = np.einsum("hwd,ckd->hwck", emb, head.prototypes.numpy())
+    best = sims.max((2, 3))
+    for y, x in np.ndindex(*best.shape):
+        c = int(logits[:, y, x].argmax())
+        assert sample.nearest[y, x] == 3 * c + sims[y, x, c].argmax(), (y, x)
+        order = logits[:, y, x].argsort(descending=True)
+        assert sample.classes[y, x].tolist() == order.tolist()
+        assert sample.scores[y, x] == pytest.approx(logits[order, y, x].numpy(), abs=1e-5)
+    assert sample.emb_hwD == pytest.approx(emb, abs=1e-6)
+    nearest_of_all = sims.max(3).argmax(2)
+    assert (nearest_of_all != sample.nearest // 3).any(), "cosines alone would say something else here"
+    deeds, _ = survey(model, data, [4])
+    assert deeds is not None
+    label = data.label(4)[2::4, 2::4].numpy()
+    assert deeds.won_CK.ravel().tolist() == np.bincount(sample.nearest[label != 255], minlength=6).tolist()
+
+
 def test_classes_without_prototypes_take_no_pixel() -> None:
-    emb = torch.nn.functional.normalize(torch.randn(50, 4), dim=1)
-    protos = torch.nn.functional.normalize(torch.randn(3, 2, 4), dim=-1)
-    found = nearest(emb, protos, torch.zeros(50, dtype=torch.long), torch.tensor([True, False, True]))
-    assert set((found.winner_N // 2).tolist()) <= {0, 2}
-    assert torch.equal(found.own_N, (emb @ protos[0].t()).argmax(1))
+    model = planted_model()
+    assert model.prototypes is not None
+    model.prototypes.initialized[1] = False
+    (sample,) = read_samples(model, PlantedSet(), [4])
+    assert set(sample.nearest.ravel().tolist()) <= {0, 1, 2}
+    assert (sample.classes[..., 1] == 1).all()
+    assert (sample.scores[..., 1] == -1).all()
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (5, 11), (2, 6)])
