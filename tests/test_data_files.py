@@ -145,11 +145,13 @@ def test_unreadable_label_is_named(tmp_path, ending):
 # ---- ids
 
 
-def test_label_map_against_a_loop():
-    raw = RNG.choice([0, 3, 7, 255, 40000], (20, 30)).astype(np.uint16)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_label_map_against_a_loop(dtype):
+    raw = RNG.choice([0, 3, 7, 255, 40000 if dtype != np.uint8 else 7], (20, 30)).astype(dtype)
     label = LabelIds(3, 255, {0: "ignore", 3: 2, 7: 0, 40000: 1}).to_classes(raw, Path("a.png"))
     expected = [[{0: 255, 3: 2, 7: 0, 255: 255, 40000: 1}[int(v)] for v in row] for row in raw]
     assert label.dtype == np.uint8
+    assert label.flags.writeable, "torch warns of arrays that are not"
     assert label.tolist() == expected
 
 

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from protoseg.data import TrainTransform
-from protoseg.data.transforms import MEAN_COLOUR, distort_colours
+from protoseg.data.transforms import MEAN_COLOUR, _resize_label, distort_colours
 
 OFF = {"scale": (1.0, 1.0), "cat_max_ratio": 1.0, "flip": 0.0, "photometric": False}
 
@@ -75,6 +75,36 @@ def test_scaled_step_edge_is_where_the_label_says():
     assert worst <= 1
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_label_takes_the_pixel_under_each_centre(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        old, new = (torch.randint(1, 60, (2,), generator=generator).tolist() for _ in range(2))
+        label = torch.randint(0, 250, old, generator=generator, dtype=dtype)
+        expected = torch.nn.functional.interpolate(label[None, None].float(), new, mode="nearest-exact")[0, 0]
+        exact = torch.tensor(  # where a centre lies on a border, floats may fall to either side
+            [[label[(2 * y + 1) * old[0] // (2 * new[0]), (2 * x + 1) * old[1] // (2 * new[1])]
+              for x in range(new[1])] for y in range(new[0])], dtype=dtype,
+        )  # fmt: skip
+        got = _resize_label(label, new)
+        assert got.dtype == dtype
+        assert torch.equal(got, exact), (old, new)
+        assert (got == expected).float().mean() > 0.95, (old, new)
+
+
+def test_padding_keeps_its_colour():
+    image, label = coded(10, 10)
+    transform = TrainTransform(crop=(24, 30), ignore_index=255, scale=(1, 1), flip=0.5)
+    torch.manual_seed(0)
+    for _ in range(20):
+        out, mask = transform(image, label)
+        assert (mask[:10, :10] != 255).all()
+        assert (mask[10:] == 255).all()
+        assert (mask[:, 10:] == 255).all()
+        for outside in (out[:, 10:], out[:, :, 10:]):
+            assert (outside == torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]).all()
+
+
 def test_scale_range_is_reached_and_kept():
     torch.manual_seed(0)
     label = torch.zeros(100, 100, dtype=torch.uint8)
@@ -106,6 +136,19 @@ def test_no_class_fills_more_than_its_share_where_a_crop_obeys(ignored_border):
 
     assert broken(free) > 30  # of the 33 places half obey; ten tries miss them once in a thousand
     assert broken(transform) <= 2
+
+
+def test_the_share_is_estimated_closely_on_large_crops():
+    """Thin stripes and a slowly moving border: the grid of pixels sees them as they are."""
+    torch.manual_seed(0)
+    label = torch.zeros(700, 900, dtype=torch.uint8)
+    label[:, 450:] = 1 + torch.arange(450, dtype=torch.uint8) % 3
+    transform = TrainTransform(crop=(500, 600), ignore_index=255, scale=(1, 1), flip=0, photometric=False)
+    shares = []
+    for _ in range(40):
+        mask = transform(label.expand(3, -1, -1), label)[1]
+        shares.append(float(torch.bincount(mask.flatten()).max()) / mask.numel())
+    assert 0.6 < max(shares) <= 0.76
 
 
 def test_rule_gives_way_where_no_crop_obeys():

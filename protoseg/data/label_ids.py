@@ -30,6 +30,7 @@ class LabelIds:
         for raw, target in label_map.items():
             self._table[raw] = ignored if target == IGNORE else target
         self.allowed = np.flatnonzero(self._table != self._unknown)
+        self._bytes = self._table[:256].tobytes() if small else b""
 
     def target(self, raw: int) -> int:
         """Class id or ignore index of one raw id, -1 where it is not in the map."""
@@ -48,7 +49,10 @@ class LabelIds:
                     f"{path}: ids run from {low} to {high}, wants 0 to 65535; is this a label file?"
                 )
             raw = raw.astype(np.uint16)
-        label = self._table[raw]
+        if raw.dtype == np.uint8 and self._bytes:  # four times as fast as indexing
+            label = np.frombuffer(bytearray(raw).translate(self._bytes), np.uint8).reshape(raw.shape)
+        else:
+            label = self._table[raw]
         if (label == self._unknown).any():
             found = np.unique(raw)
             strange = found[self._table[found] == self._unknown]
