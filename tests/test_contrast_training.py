@@ -232,6 +232,7 @@ def test_every_contrast_config_is_there() -> None:
     wanted = {f"contrast/{d}_{m}_linear_contrast" for d in datasets for m in models}
     models = ("fcn_r101", "hrnet_w48", "swin_b", "segformer")
     wanted |= {f"{d}_{m}_k10_contrast" for d in ("cityscapes", "ade20k") for m in models}
+    wanted.add("digits_resnet18_linear_contrast")
     assert {str(path.relative_to("configs").with_suffix("")) for path in CONFIGS} == wanted
 
 
