@@ -6,7 +6,7 @@ it than to its siblings; where the scores are cosines, it then is the nearest of
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ class Sample:
 
 
 def survey(
-    model: Segmenter, dataset: Dataset, indices: Sequence[int], *, patches: int = 6, per_class: int = 100
+    model: Segmenter, dataset: Dataset, indices: Iterable[int], *, patches: int = 6, per_class: int = 100
 ) -> tuple[Survey | None, Pixels]:
     """One pass over images → the prototypes' deeds (None for a linear model) and class-balanced pixels."""
     head = model.prototypes

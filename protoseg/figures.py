@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch as LegendPatch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from protoseg.visualize import (
     BOTH_WRONG,
     ONLY_FIRST,
     ONLY_SECOND,
+    RIGHT,
     Palette,
     colourise,
     difference_map,
@@ -30,45 +35,56 @@ from protoseg.visualize import (
 
 DPI = 160
 HEAT = "cividis"  # made for red-green blind eyes, and even in grey
-SMALLEST_NUMBERED = 6  # cells: smaller regions of the which-prototype map carry no number
+SMALLEST_NUMBERED = 0.015  # of the cells: smaller regions of the which-prototype map carry no number
+NEIGHBOURS = 5  # pixels between which t-SNE shows a prototype
 
 
 def patches_figure(title: str, rows: Sequence[tuple[str, Sequence[tuple[NDArray, str]]]]) -> Figure:
-    """One row per prototype: a caption, then its nearest patches (picture, note below it)."""
-    columns = max([len(patches) for _, patches in rows] + [1])
-    figure = Figure(figsize=(1.25 + 0.95 * columns, 0.35 + 1.05 * len(rows)), layout="constrained", dpi=DPI)
-    figure.suptitle(title, fontsize=9)
-    grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.2] + [1] * columns)
-    for line, (caption, patches) in zip(grid, rows):
-        line[0].text(0, 0.5, caption, fontsize=7, va="center", transform=line[0].transAxes, linespacing=1.5)
-        for axes, (picture, note) in zip(line[1:], patches):
-            axes.imshow(picture)
-            axes.set_title(note, fontsize=6, pad=2)
-        for axes in line:
-            axes.set_axis_off()
+    """One row per prototype: a caption, then its nearest patches (picture, note above it). Units: inches."""
+    columns = max([len(patches) for _, patches in rows] + [6])
+    left, pitch = 1.15, 5.85 / 6
+    width = left + columns * pitch
+    heights = [pitch + 0.1 if patches else 0.2 for _, patches in rows]
+    figure = Figure(figsize=(width, 0.3 + sum(heights)), dpi=DPI)
+    # One frame for all: a frame for each of the many patches takes matplotlib seconds.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.text(width / 2, 0.15, title, fontsize=9, ha="center", va="center")
+    top = 0.3
+    for (caption, patches), height in zip(rows, heights):
+        axes.text(0.06, top + height / 2, caption, fontsize=7, va="center", linespacing=1.5)
+        for column, (picture, note) in enumerate(patches):
+            x, y, side = left + column * pitch, top + 0.14, pitch - 0.07
+            axes.imshow(picture, extent=(x, x + side, y + side, y))
+            axes.text(x + side / 2, y - 0.03, note, fontsize=6, ha="center", va="bottom")
+        top += height
+    axes.set(xlim=(0, width), ylim=(top, 0), aspect="auto")
+    axes.set_axis_off()
     return figure
 
 
-def similarity_figure(rows: Sequence[tuple[NDArray, str, NDArray]]) -> Figure:
-    """One row per (image (H, W, 3), class name, cosine maps (K, h, w)): the image, then a heat map for each
-    prototype of the class, one colour scale for all."""
-    count = len(rows[0][2])
+def similarity_figure(rows: Sequence[tuple[NDArray, str, NDArray, Sequence[int]]]) -> Figure:
+    """One row per (image (H, W, 3), class name, cosine maps (J, h, w), which prototypes k these are): the
+    image, then a heat map for each, called k + 1; one colour scale for all."""
+    count = max(len(maps) for _, _, maps, _ in rows)
     shape = rows[0][0].shape
     width = 6.1 / (count + 1)
     figure = Figure(
-        figsize=(7.0, 0.5 + len(rows) * (width * shape[0] / shape[1] + 0.1)), layout="constrained", dpi=DPI
+        figsize=(7.0, 0.1 + len(rows) * (0.95 * width * shape[0] / shape[1] + 0.2)),
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0.01),
+        dpi=DPI,
     )
     grid = figure.subplots(len(rows), count + 1, squeeze=False)
-    low = min(float(maps.min()) for *_, maps in rows)
+    low = min(float(maps.min()) for _, _, maps, _ in rows)
     heat = None
-    for row, (line, (image, name, maps)) in enumerate(zip(grid, rows)):
+    for line, (image, name, maps, numbers) in zip(grid, rows):
         line[0].imshow(image)
-        line[0].set_ylabel(f"class {name}", fontsize=7)
-        for k, (axes, heat_map) in enumerate(zip(line[1:], maps)):
+        line[0].set_ylabel(name, fontsize=7)
+        for axes, heat_map, k in zip(line[1:], maps, numbers):
             extent = (0, image.shape[1], image.shape[0], 0)
             heat = axes.imshow(heat_map, cmap=HEAT, vmin=low, vmax=1, extent=extent, interpolation="bilinear")
-            if row == 0:
-                axes.set_title(f"prototype {k + 1}", fontsize=7)
+            axes.set_title(f"prototype {k + 1}", fontsize=7, pad=2)
+        for axes in line[1 + len(maps) :]:
+            axes.set_visible(False)
     _bare(grid)
     bar = figure.colorbar(heat, ax=grid, shrink=0.7, pad=0.01, aspect=30)  # type: ignore[arg-type]
     bar.set_label("cosine", fontsize=7)
@@ -83,7 +99,7 @@ def which_prototype_figure(
     num_prototypes: int,
 ) -> Figure:
     """One row per (image, label, prediction, nearest prototype c·K + k per cell): the last in shades of the
-    class colours, its larger regions numbered k + 1."""
+    class colours, with lines between classes and its larger regions numbered k + 1."""
     figure = _rows_figure(len(rows), 4, rows[0][0].shape)
     grid = figure.subplots(len(rows), 4, squeeze=False)
     table = shades(palette, num_prototypes).reshape(-1, 3)
@@ -93,6 +109,7 @@ def which_prototype_figure(
         line[1].imshow(colourise(label, palette), interpolation="nearest")
         line[2].imshow(colourise(prediction, palette), interpolation="nearest")
         line[3].imshow(enlarged(table[nearest], size), interpolation="nearest")
+        _border_lines(line[3], nearest // num_prototypes, size)
         _number_regions(line[3], nearest, num_prototypes, size)
     for axes, title in zip(grid[0], ("image", "label (white: ignored)", "prediction", "which prototype")):
         axes.set_title(title, fontsize=8)
@@ -120,31 +137,50 @@ def comparison_figure(
     for axes, title in zip(grid[0], ("image", "label (white: ignored)", *names, "where they differ")):
         axes.set_title(title, fontsize=8)
     _bare(grid)
-    handles = [
-        _swatch(ONLY_FIRST, f"only {names[0]} right"),
-        _swatch(ONLY_SECOND, f"only {names[1]} right"),
-        _swatch(BOTH_WRONG, "both wrong, differently"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    figure.legend(
+        handles=[
+            _swatch(ONLY_FIRST, f"only {names[0]} right"),
+            _swatch(ONLY_SECOND, f"only {names[1]} right"),
+            _swatch(BOTH_WRONG, "both wrong, differently"),
+            _swatch(RIGHT, "the same"),
+        ],
+        loc="outside lower right",
+        fontsize=7,
+        frameon=False,
+    )
+    shown = {c for _, *maps in rows for ids in maps for c in np.unique(ids).tolist()}
+    _class_legend(figure, [c for c in sorted(shown) if c < len(classes)], classes, palette, left=True)
     return figure
 
 
 def project(emb_ND: NDArray, protos_MD: NDArray, seed: int = 0) -> dict[str, tuple[NDArray, NDArray]]:
-    """t-SNE (cosine distances) and PCA of pixels and prototypes together → name: ((N, 2), (M, 2))."""
-    both = np.concatenate([emb_ND, protos_MD.reshape(-1, emb_ND.shape[1])])
-    perplexity = min(30.0, (len(both) - 1) / 3)
-    tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(both)
-    pca = PCA(2, random_state=seed).fit(emb_ND).transform(both)
-    return {name: (at[: len(emb_ND)], at[len(emb_ND) :]) for name, at in (("t-SNE", tsne), ("PCA", pca))}
+    """t-SNE (cosine distances) and PCA of pixels, with prototypes → name: ((N, 2), (M, 2)).
+
+    Prototypes are means, nearer to each other than to any pixel: laid out together with the pixels, t-SNE
+    would put them on an island of their own. So each stands at the median place of its nearest pixels.
+    """
+    protos_MD = protos_MD.reshape(-1, emb_ND.shape[1])
+    perplexity = min(30.0, (len(emb_ND) - 1) / 3)
+    with threadpool_limits(1):  # on a busy machine its threads wait for each other many times longer
+        layout = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
+        tsne_N2 = layout.fit_transform(emb_ND)
+    neighbours_MJ = np.argsort(-protos_MD @ emb_ND.T, axis=1)[:, :NEIGHBOURS]
+    pca = PCA(2, random_state=seed).fit(emb_ND)
+    protos_pca_M2 = pca.transform(protos_MD) if len(protos_MD) else np.zeros((0, 2))
+    return {
+        "t-SNE": (tsne_N2, np.median(tsne_N2[neighbours_MJ], axis=1)),
+        "PCA": (pca.transform(emb_ND), protos_pca_M2),
+    }
 
 
 def embedding_figure(
-    columns: Sequence[tuple[str, dict[str, tuple[NDArray, NDArray]], NDArray, NDArray]],
+    columns: Sequence[tuple[str, dict[str, tuple[NDArray, NDArray]], NDArray, NDArray, NDArray]],
     classes: Sequence[str],
     palette: Palette,
 ) -> Figure:
-    """One column per model (name, what `project` gave, label of each pixel, class of each prototype), one row
-    per projection: pixels as dots, prototypes as ringed diamonds, both in the class's colour."""
+    """One column per model (name, what `project` gave, label of each pixel, class of each prototype and its
+    share of the class's pixels), one row per projection: pixels as dots, prototypes as diamonds, the larger
+    the more pixels they have, both in the class's colour."""
     kinds = list(columns[0][1])
     figure = Figure(
         figsize=(3.5 * max(len(columns), len(kinds) if len(columns) == 1 else 1), 3.3),
@@ -157,18 +193,22 @@ def embedding_figure(
     else:
         grid = figure.subplots(1, len(kinds), squeeze=False)
     table = np.array(palette) / 255
-    for line, (name, projections, label_N, class_M) in zip(grid, columns):
+    for line, (name, projections, label_N, class_M, share_M) in zip(grid, columns):
+        order_M = np.argsort(-share_M)  # the small ones above
+        area_M, colour_M = (6 + 50 * share_M)[order_M], table[class_M][order_M]
         for axes, (kind, (pixels, prototypes)) in zip(line, projections.items()):
             axes.scatter(*pixels.T, s=4, c=table[label_N], linewidths=0, alpha=0.7)
-            axes.scatter(*prototypes.T, s=34, c=table[class_M], marker="D", edgecolors="white", linewidths=2)
-            axes.scatter(*prototypes.T, s=34, c="none", marker="D", edgecolors="black", linewidths=0.8)
+            places = prototypes[order_M].T
+            axes.scatter(*places, s=area_M, c=colour_M, marker="D", edgecolors="white", linewidths=1.8)
+            axes.scatter(*places, s=area_M, c=colour_M, marker="D", edgecolors="black", linewidths=0.7)
             axes.set_title(f"{name}, {kind}", fontsize=8)
             axes.set_aspect("equal", adjustable="datalim")
     _bare(grid)
-    present = sorted({c for *_, label_N, _ in columns for c in label_N.tolist()})
+    present = sorted({c for column in columns for c in column[2].tolist()})
     diamond = Line2D(
-        [], [], marker="D", color="none", markerfacecolor="0.8", markeredgecolor="black", label="prototype"
-    )
+        [], [], marker="D", markersize=5, color="none", markerfacecolor="0.8", markeredgecolor="black",
+        label="prototype (size: share of the class's pixels)",
+    )  # fmt: skip
     _class_legend(figure, present, classes, palette, [diamond])
     return figure
 
@@ -213,7 +253,7 @@ def cosine_figure(protos_CKD: NDArray, classes: Sequence[str]) -> Figure:
         )
     right.set_xlabel("cosine of two prototypes", fontsize=8)
     right.set_ylabel("density", fontsize=8)
-    right.legend(fontsize=7, frameon=False, loc="upper center")
+    right.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     _plain(right)
     return figure
 
@@ -222,7 +262,7 @@ def health_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     """State of the prototypes at each evaluation (lines of metrics.jsonl): mean and range over classes."""
     lines = [line for line in lines if "prototype_health" in line]
     titles = {
-        "effective_k": "effective K",
+        "effective_k": "effective K in clustering",
         "mean_intra_cosine": "intra-class cosine",
         "churn": "churn",
         "dead": "dead prototypes",
@@ -248,6 +288,7 @@ def health_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         axes.set_xlabel("step", fontsize=7)
         axes.set_ylim(0, max(1.0, float(np.nanmax(values))) * 1.05 if key == "dead" else None)
         axes.ticklabel_format(axis="y", useOffset=False)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _plain(axes)
     return figure
 
@@ -299,6 +340,17 @@ def _rows_figure(rows: int, columns: int, shape: tuple[int, ...]) -> Figure:
     return Figure(figsize=(7.0, height), layout="constrained", dpi=DPI)
 
 
+def _border_lines(axes: Axes, owner: NDArray, size: tuple[int, int]) -> None:
+    """Thin lines between cells of different owners, so that the map does not live from colour alone."""
+    down, right = size[0] / owner.shape[0], size[1] / owner.shape[1]
+    y, x = np.nonzero(owner[:, 1:] != owner[:, :-1])
+    lines = [np.stack([(x + 1) * right, y * down, (x + 1) * right, (y + 1) * down], 1)]
+    y, x = np.nonzero(owner[1:] != owner[:-1])
+    lines.append(np.stack([x * right, (y + 1) * down, (x + 1) * right, (y + 1) * down], 1))
+    segments = np.concatenate(lines).reshape(-1, 2, 2) - 0.5  # pixel 0 is centred at 0
+    axes.add_collection(LineCollection(list(segments), colors="black", linewidths=0.4))
+
+
 def _number_regions(axes: Axes, nearest: NDArray, num_prototypes: int, size: tuple[int, int]) -> None:
     """The prototype's number in the middle of each region that has room for it."""
     step = (size[0] / nearest.shape[0], size[1] / nearest.shape[1])
@@ -306,7 +358,7 @@ def _number_regions(axes: Axes, nearest: NDArray, num_prototypes: int, size: tup
         regions, count = ndimage.label(nearest == number)
         for region in range(1, count + 1):
             inside = regions == region
-            if inside.sum() < SMALLEST_NUMBERED:
+            if inside.sum() < SMALLEST_NUMBERED * nearest.size:
                 continue
             # The cell farthest from the region's edge: the middle of mass may lie outside of it.
             depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
@@ -319,13 +371,20 @@ def _number_regions(axes: Axes, nearest: NDArray, num_prototypes: int, size: tup
 
 
 def _class_legend(
-    figure: Figure, shown: Sequence[int], classes: Sequence[str], palette: Palette, more: Sequence[Any] = ()
+    figure: Figure,
+    shown: Sequence[int],
+    classes: Sequence[str],
+    palette: Palette,
+    more: Sequence[Any] = (),
+    left: bool = False,
 ) -> None:
-    handles = [_swatch(palette[c], classes[c]) for c in shown]
-    columns = max(1, min(len(handles) + len(more), 60 // max([len(classes[c]) + 3 for c in shown] + [4])))
+    """Classes and what else is drawn, below the figure; `left` leaves the right half to another legend."""
+    handles = [*(_swatch(palette[c], classes[c]) for c in shown), *more]
+    longest = max([len(classes[c]) for c in shown] + [4])
+    columns = max(1, min(len(handles), (60 if left else 105) // (longest + 6)))
     figure.legend(
-        handles=[*handles, *more],
-        loc="outside lower center",
+        handles=handles,
+        loc="outside lower left" if left else "outside lower center",
         ncols=columns,
         fontsize=7,
         frameon=False,

@@ -1,7 +1,7 @@
 """`vis_prototypes`: a trained run → a folder of figures and the explorer page."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
 
 from protoseg import distributed
 from protoseg.atlas import Pixels, Sample, Survey, read_samples, similarity_maps, spread_indices, survey
@@ -35,7 +37,8 @@ from protoseg.visualize import outlined
 ROWS = 4  # samples in a figure
 MOST_POINTS = 1500  # pixels in an embedding figure
 MOST_CLASSES = 20  # classes in an embedding figure, and classes with a patches figure
-PATCH_SIDE = 112  # pixels
+MOST_MAPS = 6  # heat maps in a row
+PATCH_SIDE = 144  # pixels
 
 
 class Loaded(NamedTuple):
@@ -81,7 +84,8 @@ def write_gallery(
     print(f"{runs[0]}: looking at {min(images, len(seen))} images of {split}", flush=True)
     per_class = max(10, MOST_POINTS // min(len(first.classes), MOST_CLASSES))
     surveys = [
-        survey(run.model, seen, spread_indices(len(seen), images), per_class=per_class) for run in loaded
+        survey(run.model, seen, _with_bar(spread_indices(len(seen), images), run.name), per_class=per_class)
+        for run in loaded
     ]
     deeds = surveys[0][0]
     assert deeds is not None, "a run with prototypes has a survey"
@@ -92,15 +96,17 @@ def write_gallery(
     entries: list[FigureEntry] = []
 
     def add(name: str, title: str, caption: str, figure: Figure, in_page: bool = True) -> None:
+        path = out / f"{name}.{suffix}"
         with rc_context({"pdf.fonttype": 42}):  # text stays text
-            save_figure(figure, out / f"{name}.{suffix}")
+            save_figure(figure, path)
         if in_page:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=130)
+            buffer = io.BytesIO(path.read_bytes() if suffix == "png" else b"")
+            if suffix != "png":
+                figure.savefig(buffer, format="png")
             entries.append(FigureEntry(title, caption, buffer.getvalue()))
 
     _sample_figures(add, loaded, shown, protos_CKD, val.ignore_index, int(deeds.won_CK.sum(1).argmax()))
-    _prototype_figures(add, loaded, [pixels for _, pixels in surveys], deeds, protos_CKD, live_C)
+    _prototype_figures(add, loaded, surveys, deeds, protos_CKD, live_C)
     _patch_figures(add, first, deeds, live_C)
     page = explorer_page(
         title=f"Prototypes of {first.name}",
@@ -138,7 +144,9 @@ def _sample_figures(
 ) -> None:
     """Figures of the sample images."""
     first, num_prototypes = loaded[0], protos_CKD.shape[1]
-    same_size = [s for s in shown[0] if s.image.shape == shown[0][0].image.shape][:ROWS]
+    fitting = [i for i, s in enumerate(shown[0]) if s.image.shape == shown[0][0].image.shape]
+    rows_shown = [fitting[i] for i in spread_indices(len(fitting), ROWS)]
+    same_size = [shown[0][i] for i in rows_shown]
     add(
         "which_prototype",
         "Which prototype",
@@ -155,16 +163,19 @@ def _sample_figures(
     for sample in same_size:
         c = _richest_class(sample, num_prototypes, tired)
         tired.append(c)
-        kept = min(num_prototypes, 8)
-        rows.append((sample.image, first.classes[c], similarity_maps(sample.emb_hwD, protos_CKD[c, :kept])))
+        cells_K = np.bincount(sample.nearest[sample.nearest // num_prototypes == c] % num_prototypes)
+        busiest = np.argsort(-np.pad(cells_K, (0, num_prototypes - len(cells_K))), kind="stable")
+        chosen = sorted(busiest[:MOST_MAPS].tolist())
+        maps = similarity_maps(sample.emb_hwD, protos_CKD[c, chosen])
+        rows.append((sample.image, f"class {first.classes[c]}", maps, chosen))
     add(
         "similarity",
         "Similarity maps",
-        "Cosine of every pixel with each prototype of the class with most prototypes at work in the image.",
+        "Cosine of every pixel with the busiest prototypes of one class, that with most of them at work.",
         similarity_figure(rows),
     )
     if len(loaded) > 1:
-        pairs = [(a, b) for a, b in zip(*shown) if a.image.shape == same_size[0].image.shape][:ROWS]
+        pairs = [(shown[0][i], shown[1][i]) for i in rows_shown]
         add(
             "comparison",
             "Two models",
@@ -182,7 +193,7 @@ def _sample_figures(
 def _prototype_figures(
     add: Add,
     loaded: Sequence[Loaded],
-    pixels: Sequence[Pixels],
+    surveys: Sequence[tuple[Survey | None, Pixels]],
     deeds: Survey,
     protos_CKD: np.ndarray,
     live_C: np.ndarray,
@@ -191,20 +202,23 @@ def _prototype_figures(
     first = loaded[0]
     often = set(np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES].tolist())
     columns = []
-    for run, points in zip(loaded, pixels):
+    for run, (its_deeds, points) in zip(loaded, surveys):
         head = run.model.prototypes
         keep_N = np.isin(points.label_N, list(often))
-        owner_M, protos_MD = np.zeros(0, np.int64), np.zeros((0, points.emb_ND.shape[1]), np.float32)
-        if head is not None:
+        owner_M, share_M = np.zeros(0, np.int64), np.zeros(0)
+        protos_MD = np.zeros((0, points.emb_ND.shape[1]), np.float32)
+        if head is not None and its_deeds is not None:
             chosen = [c for c in sorted(often) if bool(head.initialized[c])]
             protos_MD = head.prototypes.detach().float().cpu().numpy()[chosen].reshape(-1, head.dim)
             owner_M = np.repeat(np.array(chosen), head.num_prototypes)
+            share_M = its_deeds.share_CK[chosen].reshape(-1)
         label_N = points.label_N[keep_N]
-        columns.append((run.name, project(points.emb_ND[keep_N], protos_MD), label_N, owner_M))
+        columns.append((run.name, project(points.emb_ND[keep_N], protos_MD), label_N, owner_M, share_M))
     add(
         "embedding",
         "Embedding space",
-        "Class-balanced training pixels (dots) and prototypes (diamonds); embeddings have unit length.",
+        "Class-balanced training pixels (dots) and prototypes (diamonds). t-SNE is of the pixels; a prototype"
+        " stands among the five that are nearest to it.",
         embedding_figure(columns, first.classes, first.palette),
     )
     alive = np.flatnonzero(live_C)
@@ -237,7 +251,7 @@ def _patch_figures(add: Add, run: Loaded, deeds: Survey, live_C: np.ndarray) -> 
     often = np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES]
     for c in (c for c in often.tolist() if live_C[c]):
         rows = []
-        for k in range(num_prototypes):
+        for k in np.lexsort((-deeds.share_CK[c], deeds.won_CK[c] == 0)).tolist():  # idle ones last
             share, precision, cosine = (
                 table[c, k] for table in (deeds.share_CK, deeds.precision_CK, deeds.cosine_CK)
             )
@@ -249,10 +263,18 @@ def _patch_figures(add: Add, run: Loaded, deeds: Survey, live_C: np.ndarray) -> 
                 )
                 for patch in deeds.patches[c * num_prototypes + k]
             ]
+            if not patches:
+                caption = f"prototype {k + 1}: wins no pixel of the images looked at"
             rows.append((caption.replace("nan%", "–").replace("nan", "–"), patches))
         name = "".join(letter if letter.isalnum() else "_" for letter in run.classes[c])
         title = f"class {run.classes[c]}: nearest training pixels, one per image"
         add(f"patches_{c:03d}_{name}", title, "", patches_figure(title, rows), in_page=False)
+
+
+def _with_bar(indices: Sequence[int], name: str) -> Iterable[int]:
+    """The indices, with a progress bar on a terminal."""
+    console = Console(stderr=True)
+    return track(indices, name, console=console, disable=not console.is_terminal)
 
 
 def _richest_class(sample: Sample, num_prototypes: int, tired: Sequence[int]) -> int:
@@ -274,7 +296,8 @@ def _load(path: Path, overrides: Sequence[str], device: torch.device) -> Loaded:
     for override in overrides:
         config = config_from(merge(to_plain(config), parse_override(override)), f"override {override!r}")
     folder = find_checkpoint(path).parent
+    name = folder.resolve().name
+    if name.startswith("seed"):  # a run of a sweep, whose row is called like the folder above
+        name = f"{folder.resolve().parent.name}, {name}"
     palette = [(int(r), int(g), int(b)) for r, g, b in content["palette"]]
-    return Loaded(
-        folder.resolve().name, folder, model.to(device), config, content["step"], content["classes"], palette
-    )
+    return Loaded(name, folder, model.to(device), config, content["step"], content["classes"], palette)

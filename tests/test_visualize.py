@@ -23,6 +23,7 @@ from protoseg.figures import (
     cosine_figure,
     embedding_figure,
     health_figure,
+    patches_figure,
     project,
     which_prototype_figure,
 )
@@ -219,6 +220,19 @@ def test_default_colours_stay_apart_for_red_green_blind_eyes() -> None:
     assert apart.min() > 25
 
 
+def test_patches_figure_has_room_for_every_prototype() -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    figure = patches_figure("class a", [("busy", [(picture, "0.9"), (picture, "0.8 is b")]), ("idle", [])])
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["class a", "busy", "0.9", "0.8 is b", "idle"]
+    width, height = figure.get_size_inches()
+    boxes = np.array([image.get_extent() for image in axes.images])  # left, right, bottom, top
+    assert (boxes[:, 1] - boxes[:, 0]) == pytest.approx(boxes[:, 2] - boxes[:, 3]), "squares stay squares"
+    assert boxes[0, 1] < boxes[1, 0], "no overlap"
+    assert boxes[:, 1].max() <= width
+    assert boxes[:, 2].max() < axes.texts[-1].get_position()[1] < height
+
+
 def test_figures_show_their_numbers() -> None:
     protos = np.eye(6, dtype=np.float32).reshape(3, 2, 6)
     matrix, _, _ = cosine_figure(protos, ["a", "b", "c"]).axes
@@ -242,13 +256,21 @@ def test_figures_show_their_numbers() -> None:
 def test_projection_keeps_pixels_and_prototypes_apart() -> None:
     rng = np.random.default_rng(0)
     emb = rng.normal(size=(40, 8)).astype(np.float32)
+    emb[:20, 0] += 9  # two groups
+    emb[20:, 1] += 9
     made = project(emb, emb[:3])
     for name in ("t-SNE", "PCA"):
         pixels, prototypes = made[name]
         assert pixels.shape == (40, 2)
         assert prototypes.shape == (3, 2)
     assert made["PCA"][1] == pytest.approx(made["PCA"][0][:3], abs=1e-4), "one projection for both"
-    figure = embedding_figure([("run", made, np.zeros(40, int), np.zeros(3, int))], ["a"], ((9, 9, 9),))
+    pixels, prototypes = made["t-SNE"]
+    low, high = pixels[:20].min(0), pixels[:20].max(0)
+    assert ((low <= prototypes) & (prototypes <= high)).all(), "prototypes stand among their nearest pixels"
+    assert not ((low <= pixels[20:]) & (pixels[20:] <= high)).all(1).any(), "and the groups are apart"
+    figure = embedding_figure(
+        [("run", made, np.zeros(40, int), np.zeros(3, int), np.ones(3))], ["a"], ((9, 9, 9),)
+    )
     assert [axes.get_title() for axes in figure.axes] == ["run, t-SNE", "run, PCA"]
 
 
