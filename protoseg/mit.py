@@ -2,7 +2,7 @@
 
 Legend: B batch, H W rows and columns of the map at hand, C channels, N = H·W queries, M keys after reduction,
 h heads, d channels per head. Feature maps travel as BHWC: linear layers and LayerNorm see the last axis, and
-the NCHW view that a convolution needs has channels-last strides, so no step copies a map.
+the NCHW view that a convolution needs has channels-last strides, so only the reduction copies a map.
 """
 
 import torch
@@ -30,6 +30,15 @@ def conv_BHWC(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
     return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def patch_conv_BHWC(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
+    """A convolution whose stride is its kernel: one matrix product over whole patches, faster than conv."""
+    r = conv.stride[0]
+    rows, columns = x_BHWC.shape[1] // r, x_BHWC.shape[2] // r
+    whole_BHWC = x_BHWC[:, : rows * r, : columns * r]
+    patches = whole_BHWC.unflatten(2, (columns, r)).unflatten(1, (rows, r)).transpose(2, 3).flatten(3)
+    return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
 class ReducedAttention(nn.Module):
     """Self-attention; keys and values come from a map reduced `reduction` times in each direction (Eq. 2)."""
 
@@ -52,7 +61,7 @@ class ReducedAttention(nn.Module):
             pad_rows, pad_columns = max(self.reduction - rows, 0), max(self.reduction - columns, 0)
             if pad_rows or pad_columns:
                 source = F.pad(source, (0, 0, 0, pad_columns, 0, pad_rows))
-            source = self.reduce_norm(conv_BHWC(self.reduce, source))
+            source = self.reduce_norm(patch_conv_BHWC(self.reduce, source))
         q_BhNd = self.q(x_BHWC).reshape(b, rows * columns, self.heads, -1).transpose(1, 2)
         kv_BM2hd = self.kv(source).reshape(b, -1, 2, self.heads, dim // self.heads)
         k_BhMd, v_BhMd = (t.transpose(1, 2) for t in kv_BM2hd.unbind(2))
