@@ -217,11 +217,12 @@ def cosine_figure(protos_CKD: NDArray, classes: Sequence[str]) -> Figure:
     """Cosines between all prototypes, class by class, and their histogram within and between classes."""
     num_classes, count, dim = protos_CKD.shape
     rows_MD = protos_CKD.reshape(-1, dim)
-    cosines = rows_MD @ rows_MD.T
+    cosines = (rows_MD @ rows_MD.T).clip(-1, 1)
+    low = min(float(cosines.min()), 0.99)  # prototypes that are all the same still need a scale
     owner = np.repeat(np.arange(num_classes), count)
     figure = Figure(figsize=(7.0, 3.3), layout="constrained", dpi=DPI)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    shown = left.imshow(cosines, cmap=HEAT, vmin=float(cosines.min()), vmax=1, interpolation="nearest")
+    shown = left.imshow(cosines, cmap=HEAT, vmin=low, vmax=1, interpolation="nearest")
     bar = figure.colorbar(shown, ax=left, shrink=0.8)
     bar.set_label("cosine", fontsize=7)
     bar.ax.tick_params(labelsize=6)
@@ -237,7 +238,7 @@ def cosine_figure(protos_CKD: NDArray, classes: Sequence[str]) -> Figure:
     left.tick_params(length=0)
     upper = np.triu(np.ones_like(cosines, dtype=bool), 1)
     same = owner[:, None] == owner[None]
-    bins = np.linspace(float(cosines.min()), 1, 41).tolist()
+    bins = np.linspace(low, 1, 41).tolist()
     right.hist(
         cosines[upper & ~same], bins, density=True, color="#d55e00", alpha=0.6, label="different classes"
     )

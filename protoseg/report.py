@@ -1,11 +1,13 @@
 """What a run tells: console lines, metrics.jsonl, TensorBoard, tables, pictures, results.json."""
 
+import io
 import json
 import os
 import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from protoseg.evaluate import Scores
+from protoseg.figures import assignment_figure, cosine_figure
+from protoseg.prototypes import PrototypeHead
 from protoseg.visualize import curves_figure, mean_of_known
+
+MOST_CLASSES = 30  # in TensorBoard's pictures of the prototypes
 
 
 class RunLog:
@@ -51,6 +58,34 @@ class RunLog:
         save_figure(figure, path)
         with Image.open(path) as picture:
             self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def prototypes(
+        self, head: PrototypeHead, classes: Sequence[str], palette: Sequence[tuple[int, int, int]], step: int
+    ) -> None:
+        """TensorBoard: pictures of the prototypes of the most frequent classes, all in the projector."""
+        protos_CKD = head.prototypes.float().cpu().numpy()
+        usage_CK = head.usage.double().cpu().numpy()
+        share_CK = usage_CK / usage_CK.sum(1, keepdims=True).clip(1e-12)
+        often = np.argsort(-usage_CK.sum(1), kind="stable")
+        live = often[head.initialized.cpu().numpy()[often]].tolist()
+        if len(live) * head.num_prototypes < 2:
+            return
+        shown = sorted(live[:MOST_CLASSES])
+        names = [classes[c] for c in shown]
+        for name, figure in (
+            ("cosines", cosine_figure(protos_CKD[shown], names)),
+            ("shares", assignment_figure(share_CK[shown], names, [palette[c] for c in shown])),
+        ):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            picture = np.asarray(Image.open(buffer).convert("RGB"))
+            self.board.add_image(f"prototypes/{name}", picture, step, dataformats="HWC")
+        rows = [
+            (protos_CKD[c, k], classes[c], k + 1, f"{share_CK[c, k]:.3f}")
+            for c in sorted(live)
+            for k in range(head.num_prototypes)
+        ]
+        write_projector(self.folder / "tensorboard", rows)
 
     def curves(self) -> None:
         """curves.png from everything logged so far."""
@@ -89,6 +124,20 @@ def save_figure(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format=path.suffix[1:])
     os.replace(temporary, path)
+
+
+def write_projector(folder: Path, rows: Sequence[tuple[NDArray, str, int, str]]) -> None:
+    """Prototypes (vector, class, number in the class, share of its pixels) for TensorBoard's projector.
+
+    SummaryWriter.add_embedding would keep those of every evaluation: gigabytes of text with many classes.
+    """
+    (folder / "prototypes").mkdir(parents=True, exist_ok=True)
+    vectors = ["\t".join(f"{x:.5g}" for x in vector) for vector, *_ in rows]
+    about = ["class\tprototype\tshare", *("\t".join(map(str, row[1:])) for row in rows)]
+    write_text(folder / "prototypes/tensors.tsv", "\n".join(vectors) + "\n")
+    write_text(folder / "prototypes/metadata.tsv", "\n".join(about) + "\n")
+    paths = 'tensor_path: "prototypes/tensors.tsv" metadata_path: "prototypes/metadata.tsv"'
+    write_text(folder / "projector_config.pbtxt", f'embeddings {{ tensor_name: "prototypes" {paths} }}\n')
 
 
 def progress_line(step: int, iterations: int, values: dict[str, Any]) -> str:

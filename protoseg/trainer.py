@@ -233,7 +233,8 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
         log.curves()
         best = ", the best so far" if better else f" (best {run.best:.4f})"
         print(f"step {run.step}: {run.config.data.val_split} mIoU {scores.miou:.4f}{best}", flush=True)
-        if "prototype_health" in values:
+        if run.model.prototypes is not None:
+            log.prototypes(run.model.prototypes, run.classes, run.palette, run.step)
             print(health_line(values["prototype_health"]), flush=True)
         if better:
             save_checkpoint(out / "best.pt", weights(run))

@@ -205,7 +205,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_holds_what_design_lists(trained: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "last.pt", "best.pt", "results.json", "curves.png"):
         assert (trained / name).is_file(), name
-    assert list((trained / "tensorboard").iterdir())
+    assert "background\t2\t" in (trained / "tensorboard/prototypes/metadata.tsv").read_text()
     assert list((trained / "samples").glob("*.png"))
     results = json.loads((trained / "results.json").read_text())
     for key in ("mIoU", "aAcc", "mAcc", "IoU", "seconds", "images_per_second", "peak_memory_gb", "versions"):
