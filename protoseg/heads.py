@@ -7,8 +7,8 @@ to the embedding; the classifier itself is not part of the head.
 Legend: B batch, C classes, D embedding width, N pixels, c_i channels of map i, h w rows and columns.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,25 @@ from protoseg.config import UserError
 from protoseg.maps import concatenate, resize
 
 Output = tuple[Tensor, list[Tensor]]
+
+
+class Given(NamedTuple):
+    """What a head is built from; `dim` and `num_classes` as in build_decode_head."""
+
+    channels: Sequence[int]
+    strides: Sequence[int]
+    num_classes: int
+    dim: int | None
+    dropout: float
+
+
+class DecodeHead(nn.Module):
+    """What the heads share; `dim` is the original's width, `stride` that of the embedding."""
+
+    def __init__(self, given: Given, dim: int, stride: int) -> None:
+        super().__init__()
+        self.dim, self.stride = given.dim or dim, stride
+        self.dropout = nn.Dropout2d(given.dropout)
 
 
 def conv_norm(in_channels: int, channels: int, kernel: int = 3, dilation: int = 1) -> Any:
@@ -47,7 +66,14 @@ def sum_at_finest(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tenso
     return total
 
 
-class MLPHead(nn.Module):
+def fuse_at_finest(fuse: Any, maps: Sequence[Tensor]) -> Tensor:
+    """conv_norm of kernel 1 over the concatenation of all maps at the first one's size, finest map first."""
+    conv, norm, relu = fuse
+    weights = conv.weight.flatten(1).split([x.shape[1] for x in maps], dim=1)
+    return relu(norm(sum_at_finest(maps, weights, None)))
+
+
+class MLPHead(DecodeHead):
     """All-MLP head of SegFormer (arXiv 2105.15203, Eq. 4): any number of maps → (B, dim, h, w) of the finest.
 
     Written out: a linear layer c_i → D per map, bilinear to the finest size, concatenation from the coarsest
@@ -56,25 +82,16 @@ class MLPHead(nn.Module):
     map's own resolution: same function, same parameters, about a tenth of the multiplications.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        num_classes: int,
-        dim: int | None,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dim, self.stride = dim or 256, strides[0]
-        layers = [nn.Linear(c, self.dim) for c in channels]
+    def __init__(self, given: Given) -> None:
+        super().__init__(given, dim=256, stride=given.strides[0])
+        layers = [nn.Linear(c, self.dim) for c in given.channels]
         for layer in layers:
             # Each map starts with the same share of the sum. With one spread for all, the coarsest map, which
             # has the most channels, drowns the finest, and small things are learned late or never.
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
         self.linears: Any = nn.ModuleList(layers)
-        self.fuse = conv_norm(len(channels) * self.dim, self.dim, kernel=1)
-        self.dropout = nn.Dropout2d(dropout)
+        self.fuse = conv_norm(len(layers) * self.dim, self.dim, kernel=1)
 
     def forward(self, maps: Sequence[Tensor]) -> Output:
         conv, norm, relu = self.fuse
@@ -84,131 +101,106 @@ class MLPHead(nn.Module):
         return self.dropout(relu(norm(sum_at_finest(maps, weights, bias)))), []
 
 
-class BranchMLPHead(nn.Module):
-    """The all-MLP head as mmsegmentation built it: BatchNorm and ReLU in each branch too, finest map first.
+class BranchMLPHead(DecodeHead):
+    """The all-MLP head as mmsegmentation built it: BatchNorm and ReLU in each branch too, finest first."""
 
-    The 1×1 convolution over the concatenation is applied per map, see sum_at_finest.
-    """
-
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        num_classes: int,
-        dim: int | None,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dim, self.stride = dim or 256, strides[0]
-        self.branches = nn.ModuleList(conv_norm(c, self.dim, kernel=1) for c in channels)
-        self.fuse = conv_norm(len(channels) * self.dim, self.dim, kernel=1)
-        self.dropout = nn.Dropout2d(dropout)
+    def __init__(self, given: Given) -> None:
+        super().__init__(given, dim=256, stride=given.strides[0])
+        self.branches = nn.ModuleList(conv_norm(c, self.dim, kernel=1) for c in given.channels)
+        self.fuse = conv_norm(len(given.channels) * self.dim, self.dim, kernel=1)
 
     def forward(self, maps: Sequence[Tensor]) -> Output:
-        conv, norm, relu = self.fuse
-        weights = conv.weight.flatten(1).chunk(len(maps), dim=1)
         maps = [branch(x) for branch, x in zip(self.branches, maps)]
-        return self.dropout(relu(norm(sum_at_finest(maps, weights, None)))), []
+        return self.dropout(fuse_at_finest(self.fuse, maps)), []
 
 
-class HRNetHead(nn.Module):
-    """HRNetV2's head: all maps at the finest size, concatenated, through a 1×1 convolution, BatchNorm, ReLU.
+class HRNetHead(DecodeHead):
+    """HRNetV2's head: all maps at the finest size, side by side, 1×1 convolution, BatchNorm, ReLU."""
 
-    The convolution is applied per map at its own resolution, see sum_at_finest.
-    """
-
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        num_classes: int,
-        dim: int | None,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.channels = list(channels)
-        self.dim, self.stride = dim or sum(channels), strides[0]
-        self.fuse = conv_norm(sum(channels), self.dim, kernel=1)
-        self.dropout = nn.Dropout2d(dropout)
+    def __init__(self, given: Given) -> None:
+        total = sum(given.channels)
+        super().__init__(given, dim=total, stride=given.strides[0])
+        self.fuse = conv_norm(total, self.dim, kernel=1)
 
     def forward(self, maps: Sequence[Tensor]) -> Output:
-        conv, norm, relu = self.fuse
-        weights = conv.weight.flatten(1).split(self.channels, dim=1)
-        return self.dropout(relu(norm(sum_at_finest(maps, weights, None)))), []
+        return self.dropout(fuse_at_finest(self.fuse, maps)), []
+
+
+class OfficialHead(DecodeHead):
+    """HRNet's head in the code published with ProtoSeg: a 3×3 convolution with bias, BatchNorm, ReLU.
+
+    Maps are brought to the finest size with align_corners=True there, in the backbone as well (model.py).
+    """
+
+    def __init__(self, given: Given) -> None:
+        total = sum(given.channels)
+        super().__init__(given, dim=total, stride=given.strides[0])
+        self.conv = nn.Conv2d(total, self.dim, 3, padding=1)
+        self.norm = nn.BatchNorm2d(self.dim)
+
+    def forward(self, maps: Sequence[Tensor]) -> Output:
+        return self.dropout(self.norm(self.conv(concatenate(maps, align_corners=True))).relu()), []
 
 
 class AuxiliaryHead(nn.Module):
     """Logits from an earlier map, for an extra cross-entropy in training and for OCR's regions."""
 
-    def __init__(
-        self, in_channels: int, channels: int, num_classes: int, kernel: int, dropout: float
-    ) -> None:
+    def __init__(self, given: Given, in_channels: int, channels: int, kernel: int) -> None:
         super().__init__()
         self.conv = conv_norm(in_channels, channels, kernel)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = pixel_classifier(channels, num_classes)
+        self.dropout = nn.Dropout2d(given.dropout)
+        self.classifier = pixel_classifier(channels, given.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.conv(x)))
 
 
-class FCNHead(nn.Module):
+class FCNHead(DecodeHead):
     """FCN: two 3×3 convolutions on the last map, a third over input and result; auxiliary logits."""
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        num_classes: int,
-        dim: int | None,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dim, self.stride = dim or 512, strides[-1]
-        self.convs = nn.Sequential(conv_norm(channels[-1], self.dim), conv_norm(self.dim, self.dim))
-        self.fuse = conv_norm(channels[-1] + self.dim, self.dim)
-        self.dropout = nn.Dropout2d(dropout)
-        self.auxiliary = AuxiliaryHead(channels[-2], 256, num_classes, kernel=3, dropout=dropout)
+    def __init__(self, given: Given) -> None:
+        super().__init__(given, dim=512, stride=given.strides[-1])
+        last = given.channels[-1]
+        self.convs = nn.Sequential(conv_norm(last, self.dim), conv_norm(self.dim, self.dim))
+        self.fuse = conv_norm(last + self.dim, self.dim)
+        self.auxiliary = AuxiliaryHead(given, given.channels[-2], 256, kernel=3)
 
     def forward(self, maps: Sequence[Tensor]) -> Output:
         x = self.fuse(torch.cat([maps[-1], self.convs(maps[-1])], dim=1))
         return self.dropout(x), [self.auxiliary(maps[-2])] if self.training else []
 
 
-class ASPPHead(nn.Module):
+class ASPPHead(DecodeHead):
     """DeepLabV3 (arXiv 1706.05587): image mean, 1×1 and three dilated 3×3 convolutions, fused by a 3×3.
 
     Rates 12, 24, 36 belong to stride 8; they halve as the stride doubles.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        num_classes: int,
-        dim: int | None,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dim, self.stride = dim or 512, strides[-1]
-        rate = max(12 * 8 // self.stride, 1)
-        self.image_mean = conv_norm(channels[-1], self.dim, kernel=1)
+    def __init__(self, given: Given) -> None:
+        super().__init__(given, dim=512, stride=given.strides[-1])
+        last, rate = given.channels[-1], max(12 * 8 // self.stride, 1)
+        self.image_mean = conv_norm(last, self.dim, kernel=1)
         self.branches = nn.ModuleList(
-            [conv_norm(channels[-1], self.dim, kernel=1)]
-            + [conv_norm(channels[-1], self.dim, dilation=rate * i) for i in (1, 2, 3)]
+            [conv_norm(last, self.dim, kernel=1)]
+            + [conv_norm(last, self.dim, dilation=rate * i) for i in (1, 2, 3)]
         )
         self.fuse = conv_norm(5 * self.dim, self.dim)
-        self.dropout = nn.Dropout2d(dropout)
-        self.auxiliary = AuxiliaryHead(channels[-2], 256, num_classes, kernel=3, dropout=dropout)
+        self.auxiliary = AuxiliaryHead(given, given.channels[-2], 256, kernel=3)
 
     def forward(self, maps: Sequence[Tensor]) -> Output:
         x = maps[-1]
+        if self.training and len(x) == 1 and not isinstance(self.image_mean[1], nn.SyncBatchNorm):
+            raise UserError(
+                "decode_head.name aspp cannot train on one image at a time: the mean over the image leaves"
+                " BatchNorm a single value per channel; use a larger data.batch_size, a smaller"
+                " train.accumulation, or several GPUs, which normalise together"
+            )
         mean = self.image_mean(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
         x = self.fuse(torch.cat([mean, *(branch(x) for branch in self.branches)], dim=1))
         return self.dropout(x), [self.auxiliary(maps[-2])] if self.training else []
 
 
-class OCRHead(nn.Module):
+class OCRHead(DecodeHead):
     """Object-contextual representations (arXiv 1909.11065): pixels attend to one mean feature per region.
 
     After a dilated ResNet the coarse logits come from the last map but one; otherwise (HRNet) both parts see
@@ -216,34 +208,25 @@ class OCRHead(nn.Module):
     stays linear in C.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        num_classes: int,
-        dim: int | None,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.dilated = strides[-1] == strides[-2]
-        self.dim, self.stride = dim or 512, strides[-1] if self.dilated else strides[0]
-        key_dim, total = self.dim // 2, sum(channels)
-        if self.dilated:
-            self.coarse = AuxiliaryHead(channels[-2], 256, num_classes, kernel=3, dropout=dropout)
+    def __init__(self, given: Given) -> None:
+        dilated = given.strides[-1] == given.strides[-2]
+        super().__init__(given, dim=512, stride=given.strides[-1] if dilated else given.strides[0])
+        self.dilated = dilated
+        key_dim, total = self.dim // 2, sum(given.channels)
+        if dilated:
+            self.coarse = AuxiliaryHead(given, given.channels[-2], 256, kernel=3)
         else:
-            self.coarse = AuxiliaryHead(total, total, num_classes, kernel=1, dropout=dropout)
-        self.pixels = conv_norm(channels[-1] if self.dilated else total, self.dim)
+            self.coarse = AuxiliaryHead(given, total, total, kernel=1)
+        self.pixels = conv_norm(given.channels[-1] if dilated else total, self.dim)
         self.query = nn.Sequential(conv_norm(self.dim, key_dim, 1), conv_norm(key_dim, key_dim, 1))
         self.key = nn.Sequential(conv_norm(self.dim, key_dim, 1), conv_norm(key_dim, key_dim, 1))
         self.value = conv_norm(self.dim, key_dim, 1)
         self.context = conv_norm(key_dim, self.dim, 1)
         self.fuse = conv_norm(2 * self.dim, self.dim, 1)
-        self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Output:
-        together = None if self.dilated else concatenate(maps)
-        coarse = self.coarse(maps[-2] if together is None else together)
-        x = self.pixels(maps[-1] if together is None else together)
+        before, last = maps[-2:] if self.dilated else [concatenate(maps)] * 2
+        coarse, x = self.coarse(before), self.pixels(last)
         weights_BCN = coarse.flatten(2).softmax(dim=2)
         regions_BDC1 = (x.flatten(2) @ weights_BCN.transpose(1, 2))[..., None]
         query, key, value = (
@@ -255,11 +238,12 @@ class OCRHead(nn.Module):
         return self.dropout(self.fuse(torch.cat([context, x], dim=1))), [coarse] if self.training else []
 
 
-HEADS = {
+HEADS: dict[str, Callable[[Given], DecodeHead]] = {
     "mlp": MLPHead,
     "mlp_branch": BranchMLPHead,
     "fcn": FCNHead,
     "hrnet": HRNetHead,
+    "official": OfficialHead,
     "aspp": ASPPHead,
     "ocr": OCRHead,
 }
@@ -277,7 +261,7 @@ def build_decode_head(
     """Build a decode head by its name in HEADS for a backbone's maps of these channels and strides.
 
     dim: width of the embedding; None takes the original's: mlp and mlp_branch 256 (mlp: 768 for
-    SegFormer-B2…B5 and Swin), hrnet the sum of the channels, the others 512.
+    SegFormer-B2…B5 and Swin), hrnet and official the sum of the channels, the others 512.
     dropout: the originals' is 0.1, and 0 on HRNet.
     num_classes is for auxiliary and region classifiers only.
     Errors: UserError for an unknown name, and for a head that needs two maps on a backbone with one.
@@ -288,4 +272,4 @@ def build_decode_head(
         raise UserError(
             f"decode_head.name {name} needs at least two maps, the backbone gives {len(channels)}"
         )
-    return HEADS[name](channels, strides, num_classes, dim, dropout)
+    return HEADS[name](Given(channels, strides, num_classes, dim, dropout))

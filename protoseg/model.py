@@ -192,6 +192,8 @@ def build_model(
         output_stride=config.backbone.output_stride,
     )
     backbone.set_grad_checkpointing(config.backbone.grad_checkpointing)
+    if config.decode_head.name == "official":
+        backbone.net.align_corners = True  # read by HRNet
     head = build_decode_head(
         config.decode_head.name,
         backbone.channels,

@@ -216,7 +216,8 @@ def test_hrnet_equals_timm_with_bilinear_upsampling() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_hrnet_exchange_at_odd_sizes() -> None:
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_hrnet_exchange_at_odd_sizes(align_corners: bool) -> None:
     torch.manual_seed(0)
     module = HighResolutionModule(3, BasicBlock, [1, 1, 1], [4, 8, 16], [4, 8, 16], "SUM").double().eval()
     maps = [
@@ -225,7 +226,9 @@ def test_hrnet_exchange_at_odd_sizes() -> None:
     outs = [branch(x) for branch, x in zip(module.branches, maps)]
 
     def up(layer: torch.nn.Sequential, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.interpolate(layer[:2](x), size=like.shape[2:], mode="bilinear")
+        return torch.nn.functional.interpolate(
+            layer[:2](x), size=like.shape[2:], mode="bilinear", align_corners=align_corners
+        )
 
     f = module.fuse_layers
     expected = [
@@ -233,7 +236,7 @@ def test_hrnet_exchange_at_odd_sizes() -> None:
         f[1][0](outs[0]) + outs[1] + up(f[1][2], outs[2], outs[1]),
         f[2][0](outs[0]) + f[2][1](outs[1]) + outs[2],
     ]
-    for got, want in zip(exchange(module, *maps), expected):
+    for got, want in zip(exchange(module, *maps, align_corners=align_corners), expected):
         torch.testing.assert_close(got, want.relu())
 
 

@@ -61,6 +61,24 @@ def test_heads_that_fuse_by_a_1x1_convolution_equal_the_plain_form(name: str, tr
     compare_with_plain_form(head, maps, plain)
 
 
+def test_official_head_equals_its_layers_applied_one_by_one() -> None:
+    torch.manual_seed(0)
+    channels = [2, 4, 8]
+    head: Any = build_decode_head("official", channels, [4, 8, 16], 3).double()
+    assert {k: tuple(v.shape) for k, v in head.named_parameters()} == {
+        "conv.weight": (14, 14, 3, 3),
+        "conv.bias": (14,),
+        "norm.weight": (14,),
+        "norm.bias": (14,),
+    }
+    maps = pyramid(channels, [(9, 13), (5, 7), (3, 4)], torch.double)
+    head(maps)  # moves the running statistics away from their start
+    x = torch.cat([F.interpolate(m, size=(9, 13), mode="bilinear", align_corners=True) for m in maps], dim=1)
+    x = F.conv2d(x, head.conv.weight, head.conv.bias, padding=1)
+    mean, std = (v[:, None, None] for v in (head.norm.running_mean, (head.norm.running_var + 1e-5).sqrt()))
+    torch.testing.assert_close(head.eval()(maps)[0], ((x - mean) / std).clamp(min=0))
+
+
 def compare_with_plain_form(
     head: torch.nn.Module, maps: list[Tensor], plain: Callable[[Any, list[Tensor]], Tensor]
 ) -> None:
@@ -149,6 +167,19 @@ def test_aspp_rates_follow_the_stride(stride: int, rates: list[int]) -> None:
     assert [branch[0].dilation[0] for branch in list(head.branches)[1:]] == rates
 
 
+def test_aspp_says_why_one_image_is_not_enough() -> None:
+    maps = pyramid([4, 4], [(3, 5), (3, 5)])
+    head = build_decode_head("aspp", [4, 4], [8, 8], 3, dim=4)
+    assert head(maps)[0].shape == (2, 4, 3, 5)
+    one = [x[:1] for x in maps]
+    with pytest.raises(UserError, match=r"aspp cannot train on one image at a time.*larger data\.batch_size"):
+        head(one)
+    assert head.eval()(one)[0].shape == (1, 4, 3, 5)
+    # With statistics from all ranks the message stays away: on one rank PyTorch itself has the last word.
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(head).train()(one)
+
+
 LINEAR = {
     "FCN R101": 68_590_732,
     "HRNetV2-W48": 65_953_110,
@@ -191,7 +222,7 @@ def test_parameter_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "3,752,694" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["mlp", "hrnet"])
+@pytest.mark.parametrize("name", ["mlp", "hrnet", "official"])
 def test_parameters_of_plain_heads_do_not_depend_on_classes(name: str) -> None:
     counts = set()
     for classes in (19, 150, 847):

@@ -1,7 +1,8 @@
 """Forward and backward of our Mix Transformer and of other programs', alternating in one run; medians.
 
 All compute the same four maps from the same weights (checked first). Hugging Face's comes with the `dev`
-extra, mmsegmentation's takes part where `mmseg` can be imported: python tools/benchmark.py backbone --threads 1
+extra, mmsegmentation's takes part where `mmseg` can be imported:
+    python tools/benchmark.py backbone --threads 1
 """
 
 import argparse
