@@ -85,6 +85,20 @@ def brute_update(protos: Tensor, emb: Tensor, labels: Tensor, assignment: Tensor
     return new
 
 
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Largest sum of tensors alive at a time during one call, beyond those alive before it (CPU)."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
+        work()
+    alive = peak = 0
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
 def run_ranks(world: int, work: Callable[[int, Callable[[Tensor, str], Tensor]], Any]) -> list[Any]:
     """Run work(rank, all_reduce) in threads that meet at barriers, as processes of a group would."""
     meet = threading.Barrier(world, timeout=30)

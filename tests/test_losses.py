@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_report, run_ranks
+from helpers import assert_close_report, peak_bytes, run_ranks
 
 from protoseg.losses import downsample_labels, loss_scale, ppc_loss, ppd_loss, upsampled_cross_entropy
 
@@ -51,14 +51,9 @@ def test_upsampled_cross_entropy_gradcheck():
 
 def test_upsampled_cross_entropy_holds_no_full_resolution_tensor():
     logits, labels = inputs(2, 20, 16, 16, 128, 128, torch.float32)
-    activity = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activity, profile_memory=True) as prof:
-        upsampled_cross_entropy(logits, labels, ignore_index=255, chunk_size=1024).backward()
-    alive = peak = 0
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
+    peak = peak_bytes(
+        lambda: upsampled_cross_entropy(logits, labels, ignore_index=255, chunk_size=1024).backward()
+    )
     assert 0 < peak < 2 * 20 * 128 * 128 * 4 / 2
 
 

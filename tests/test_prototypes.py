@@ -5,8 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_report, brute_scores, brute_sinkhorn, brute_update, run_ranks
+from helpers import (
+    assert_close_report,
+    brute_scores,
+    brute_sinkhorn,
+    brute_update,
+    peak_bytes,
+    run_ranks,
+)
 
+from protoseg.losses import downsample_labels, upsampled_cross_entropy
 from protoseg.prototypes import PrototypeHead
 
 
@@ -329,19 +337,33 @@ def test_wrong_arguments_are_named():
         head_of(count=5).load_state_dict(head_of(count=3).state_dict())
 
 
-@pytest.mark.parametrize("large", [(847, 10, 64)])
-def test_memory_of_a_large_vocabulary(large):
-    classes, count, dim = large
-    head = head_of(dim, classes, count, chunk_size=128)
-    features, labels = batch(1, dim, 64, 64, classes)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as prof:
-        out = head.training_step(features, labels)
-        (out.logits.logsumexp(1).mean() + out.ppc).backward()
-    alive = peak = 0
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    assert 0 < peak < 64 * 64 * classes * count * 4 / 2
+def test_a_large_vocabulary_trains_without_the_tensors_of_all_similarities_and_full_logits():
+    classes, count, dim, side, stride = 847, 10, 64, 64, 4
+    project = torch.nn.Conv2d(16, dim, 1)
+    optimizer = torch.optim.AdamW(project.parameters())
+    head = head_of(dim, classes, count, ignore_index=-1)
+    maps = torch.randn(1, 16, side, side)
+    labels = torch.randint(0, classes, (1, side * stride, side * stride))
+
+    def step():
+        features = project(maps)
+        out = head.training_step(features, downsample_labels(labels, features.shape[-2:]))
+        loss = upsampled_cross_entropy(out.logits, labels, ignore_index=-1) + out.ppc + out.ppd
+        loss.backward()
+        optimizer.step()
+        head.update_(out)
+
+    similarities = 4 * side**2 * classes * count
+    full_logits = 4 * classes * (side * stride) ** 2
+    peak = peak_bytes(step)
+    assert 4 * side**2 * classes < peak < 0.6 * similarities, f"{peak / similarities:.2f} of N × C × K"
+    assert peak < 0.4 * full_logits, f"{peak / full_logits:.2f} of B × C × H × W"
+
+
+def test_chunk_size_bounds_the_similarities_in_passing():
+    head = head_of(64, 847, 10, chunk_size=64)
+    features, _ = batch(1, 64, 64, 64, 847)
+    with torch.no_grad():
+        peak = peak_bytes(lambda: head(features))
+    logits = 4 * 64 * 64 * 847
+    assert logits < peak < 4 * logits, f"{peak / logits:.2f} maps of logits"
