@@ -77,10 +77,10 @@ def main(argv: list[str]) -> None:
     similarities = 4 * pixels * args.classes * args.prototypes
     full_logits = 4 * args.images * args.classes * args.size**2
     print(f"{machine(device)}; torch {torch.__version__}; float32")
+    print(f"C = {args.classes}, K = {args.prototypes}, D = {args.dim}, {args.images} × {args.size}²")
     print(
-        f"C = {args.classes}, K = {args.prototypes}, D = {args.dim}; {args.images} × {args.size}², N = {pixels}"
+        f"N = {pixels}; N × C × K: {similarities / 2**20:.0f} MB; B × C × H × W: {full_logits / 2**20:.0f} MB"
     )
-    print(f"N × C × K: {similarities / 2**20:.0f} MB; B × C × H × W: {full_logits / 2**20:.0f} MB")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else resident_now()
