@@ -100,7 +100,7 @@ class ContrastConfig(Section):
     pair_sampler: Literal["random", "hardest", "semi_hard"] = "semi_hard"
     positives: Positive = 1024  # per anchor
     negatives: Positive = 2048
-    pool_size: Positive | Literal["full"] = 8192  # candidates of a step, shared by its anchors
+    pool_size: Positive | Literal["full"] = 4096  # candidates of a step, shared by its anchors
     temperature: Annotated[float, Field(gt=0)] = 0.1
     warmup_iterations: Annotated[int, Field(ge=0)] = 0  # steps in which the memory fills and the loss is 0
     pixels_per_image: Positive = 10  # V: pixels of a class that enter the memory

@@ -4,9 +4,9 @@ memories.
 Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic Segmentation", ICCV 2021. Needs torch only;
 no loop over images or classes, no read of the device by the host.
 
-Axes: B images of this rank, P pixels of one image (h*w), N = B*P, W ranks, C classes, D channels, F feature
-channels, A anchors of this rank, Q pool slots per class, L candidates in the pool, K and M sampled
-positives and negatives.
+Axes: B images of this rank, P pixels of one image (h*w), M = B*P, N pixels of all ranks, C classes,
+D channels, F feature channels, J anchors per class, L candidates in the pool, W of them that may be of a
+given class, K and R sampled positives and negatives, A anchors.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from protoseg.memory import (
     Gather,
+    Groups,
     PixelMemory,
     Reduce,
     class_map,
@@ -27,6 +28,7 @@ from protoseg.memory import (
     fold,
     full_precision,
     pixel_keys,
+    sort_groups,
 )
 from protoseg.sampling import (
     ANCHOR_SAMPLERS,
@@ -57,12 +59,16 @@ class ProjectionHead(nn.Module):
         self.out = nn.Linear(in_channels, dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        # channels last, in memory too: the memories and the pool take whole rows of D numbers
+        # Weights times pixels, then pixels times weights: neither product copies the map to another layout,
+        # and the result has its channels last in memory, since memories and pool take rows of D numbers.
         batch, _, height, width = features.shape
-        rows_NF = features.permute(0, 2, 3, 1).flatten(0, 2)
-        emb_ND = full_precision(self.out(F.relu(self.hidden(rows_NF))))
-        emb_ND = emb_ND * emb_ND.norm(dim=1, keepdim=True).clamp(min=1e-12).reciprocal()
-        return emb_ND.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        pixels_BFP = features.flatten(2)
+        weight = self.hidden.weight.expand(batch, -1, -1)
+        hidden_BFP = torch.baddbmm(self.hidden.bias[:, None], weight, pixels_BFP).relu_()
+        weight = self.out.weight.T.expand(batch, -1, -1)
+        emb_BPD = torch.baddbmm(self.out.bias, hidden_BFP.transpose(1, 2), weight)
+        emb_BPD = F.normalize(full_precision(emb_BPD), dim=2)
+        return emb_BPD.transpose(1, 2).unflatten(2, (height, width))
 
 
 class ContrastOutput(NamedTuple):
@@ -146,7 +152,7 @@ class PixelContrast(nn.Module):
         memory_size: int | None = None,
         cap_mb: float = 256,
         storage_dtype: torch.dtype = torch.float32,
-        pool_size: int | None = 8192,
+        pool_size: int | None = 4096,
         seed: int = 0,
         all_gather: Gather | None = None,
         all_reduce: Reduce | None = None,
@@ -210,97 +216,100 @@ class PixelContrast(nn.Module):
         class_BP = class_map(labels, self.num_classes, self.ignore_index)
         wrong_BP = predictions.flatten(1) != class_BP
         key_BP = pixel_keys(class_BP, indices, self.seed, step, 0)
-        pixel_A, valid_A = select_anchors(
-            class_BP, wrong_BP, key_BP, pixel_keys(class_BP, indices, self.seed, step, 1), self.num_classes,
-            self.anchors_per_class, self.anchor_sampler, self.all_gather, self.rank,
-        )  # fmt: skip
+        facts = torch.stack([class_BP, wrong_BP.to(torch.int64), key_BP], dim=1)
+        if self.all_gather is not None:  # every rank draws from the joint batch, and finds the same
+            facts = self.all_gather(facts)
+        class_N, wrong_N, key_N = facts.transpose(0, 1).flatten(1).unbind(0)
+        groups = sort_groups(key_N, class_N, self.num_classes)
+        pixel_CJ, valid_CJ = select_anchors(
+            groups, class_N, wrong_N > 0, self.anchors_per_class, self.anchor_sampler
+        )
+        hard_CJ = wrong_N[pixel_CJ]
+        # this rank's anchors: the others are computed with, but count nothing
+        own_CJ = pixel_CJ - self.rank * class_BP.numel()
+        valid_CJ = valid_CJ & (own_CJ >= 0) & (own_CJ < class_BP.numel())
+        own_CJ = torch.where(valid_CJ, own_CJ, 0)
         pixels = class_BP.shape[1]
-        anchor_AF = features.flatten(2)[pixel_A // pixels, :, pixel_A % pixels]
-        if project is not None:  # as a map of one row, so that the head sees a map here as well
-            anchor_AF = project(anchor_AF.T[None, :, None, :])[0, :, 0, :].T
+        anchor_CJD = _take_pixels(features, own_CJ // pixels, own_CJ % pixels)
+        if project is not None:  # as a map of C rows, so that the head sees a map here as well
+            anchor_CJD = project(anchor_CJD.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
         with torch.autocast(features.device.type, enabled=False):
-            return self._loss(
-                full_precision(anchor_AF), pixel_A, valid_A, projected, class_BP, key_BP, wrong_BP, step
-            )
+            pool = self._pool(full_precision(_rows(projected).flatten(0, 1)), groups, class_N, step)
+            anchors = (full_precision(anchor_CJD), pixel_CJ, valid_CJ, hard_CJ)
+            # chunks along J: how much memory a step needs does not depend on the number of anchors
+            chunk = max(SIMILARITIES_AT_ONCE // (self.num_classes * len(pool.class_L)), 1)
+            parts = zip(*(each.split(chunk, dim=1) for each in anchors))
+            sums = torch.stack([self._sums(pool, step, pixels, *part) for part in parts]).sum(0)
+            return self._output(sums, pool, projected)
 
-    def _loss(
-        self, anchor_AD: Tensor, pixel_A: Tensor, valid_A: Tensor, projected: Tensor, class_BP: Tensor,
-        key_BP: Tensor, wrong_BP: Tensor, step: int,
-    ) -> ContrastOutput:  # fmt: skip
-        pool = self._pool(full_precision(_rows(projected)), class_BP, key_BP, step)
-        pool_valid_L = pool.class_L < self.num_classes
-        every = -(-len(pool.class_L) // UNIFORMITY_ROWS)
-        spread = uniformity(pool.emb_LD[::every], pool_valid_L[::every])
-        class_A, hard_A = class_BP.flatten()[pixel_A], wrong_BP.flatten()[pixel_A]
-        pixel_A = pixel_A + self.rank * class_BP.numel()
-        chunk = max(SIMILARITIES_AT_ONCE // len(pool.class_L), 1)
-        parts = zip(*(each.split(chunk) for each in (anchor_AD, pixel_A, class_A, valid_A, hard_A)))
-        sums = torch.stack([self._chunk_sums(pool, step, class_BP.shape[1], *part) for part in parts]).sum(0)
-        total = torch.cat(
-            [sums.detach(), torch.ones_like(sums[:1])]
-        )  # the last entry becomes the number of ranks
+    def _pool(self, emb_MD: Tensor, groups: Groups, class_N: Tensor, step: int) -> Pool:
+        if self.pool_size is None:
+            return full_pool(emb_MD, class_N, self.num_classes, self.memory, self.all_gather)
+        return balanced_pool(
+            emb_MD, groups, self.pool_size // self.num_classes, self.memory, self.seed, step,
+            self.all_reduce, self.rank,
+        )  # fmt: skip
+
+    def _sums(
+        self, pool: Pool, step: int, pixels: int, anchor_CJD: Tensor, pixel_CJ: Tensor, valid_CJ: Tensor,
+        hard_CJ: Tensor,
+    ) -> Tensor:  # fmt: skip
+        # Sums over qualifying anchors of: loss, 1, mean positive cosine, hardest drawn negative cosine,
+        # wrongly classified.
+        device, count = pixel_CJ.device, pool.class_L.shape[0]
+        class_C11 = torch.arange(self.num_classes, device=device)[:, None, None]
+        column_C1W, class_C1W, pixel_C1W = (
+            pool.own(each.expand(self.num_classes, 1, count))
+            for each in (torch.arange(count, device=device), pool.class_L, pool.pixel_L)
+        )
+        positive_CJW = (class_C1W == class_C11) & (pixel_C1W != pixel_CJ[..., None]) & valid_CJ[..., None]
+        negative_CJL = (pool.class_L != class_C11) & (pool.class_L < self.num_classes)
+        if self.mode == "intra_image":
+            image_CJ1 = (pixel_CJ // pixels)[..., None]
+            positive_CJW = positive_CJW & (pixel_C1W // pixels == image_CJ1)
+            negative_CJL = negative_CJL & (pool.pixel_L // pixels == image_CJ1)
+        cosine_CJL = anchor_CJD @ pool.emb_LD.T
+        with torch.no_grad():
+            plain_CJW = pool.own(cosine_CJL)
+            keys = [fold(draw_state(self.seed, step, salt, device), pixel_CJ) for salt in (3, 4)]
+            index_CJK, positive_CJK = select_pairs(
+                -plain_CJW, positive_CJW, self.positives, self.pair_sampler, keys[0]
+            )
+            index_CJR, negative_CJR = select_pairs(
+                cosine_CJL, negative_CJL, self.negatives, self.pair_sampler, keys[1]
+            )
+            index_CJK = column_C1W.expand((*index_CJK.shape[:2], -1)).gather(2, index_CJK)
+        chosen = cosine_CJL.gather(2, torch.cat([index_CJK, index_CJR], dim=2)).flatten(0, 1)
+        chosen_AK, chosen_AR = chosen.tensor_split([index_CJK.shape[2]], dim=1)
+        negative_AR = negative_CJR.flatten(0, 1)
+        loss_A, qualifies_A = pixel_contrast_loss(
+            chosen_AK, positive_CJK.flatten(0, 1), chosen_AR, negative_AR, self.temperature
+        )
+        mean_CJ = torch.where(positive_CJW, plain_CJW, 0).sum(2) / positive_CJW.sum(2).clamp(min=1)
+        hardest_A = chosen_AR.detach().masked_fill(~negative_AR, -1).amax(1)
+        facts_4A = torch.stack(
+            [torch.ones_like(hardest_A), mean_CJ.flatten(), hardest_A, hard_CJ.flatten().to(hardest_A.dtype)]
+        )
+        return torch.cat([loss_A.sum()[None], torch.where(qualifies_A, facts_4A, 0).sum(1)])
+
+    def _output(self, sums: Tensor, pool: Pool, projected: Tensor) -> ContrastOutput:
+        # the last entry becomes the number of ranks
+        total = torch.cat([sums.detach(), torch.ones_like(sums[:1])])
         if self.all_reduce is not None:
             total = self.all_reduce(total, "sum")
         mean = total / total[1].clamp(min=1)
+        every = -(-len(pool.class_L) // UNIFORMITY_ROWS)
         diagnostics = {
             "alignment": 2 - 2 * mean[2],  # mean |x - y|^2 of anchors and the positives in the pool
-            "uniformity": spread,
+            "uniformity": uniformity(pool.emb_LD[::every], pool.class_L[::every] < self.num_classes),
             "positive_cosine": mean[2],
-            "hardest_negative_cosine": mean[3],
+            "hardest_negative_cosine": mean[3],  # of those drawn
             "hard_anchor_share": mean[4],
         }
         if self.memory is not None:
             diagnostics |= self.memory.fill()
         loss = sums[0] * total[5] / total[1].clamp(min=1)
         return ContrastOutput(loss, mean[0], total[1], (total[1] == 0).float(), diagnostics, projected)
-
-    def _pool(self, emb_BPD: Tensor, class_BP: Tensor, key_BP: Tensor, step: int) -> Pool:
-        if self.pool_size is None:
-            return full_pool(emb_BPD, class_BP, self.num_classes, self.memory, self.all_gather)
-        return balanced_pool(
-            emb_BPD, class_BP, key_BP, self.num_classes, self.pool_size // self.num_classes, self.memory,
-            self.seed, step, self.all_gather, self.all_reduce, self.rank,
-        )  # fmt: skip
-
-    def _chunk_sums(
-        self, pool: Pool, step: int, pixels: int, anchor_AD: Tensor, pixel_A: Tensor, class_A: Tensor,
-        valid_A: Tensor, hard_A: Tensor,
-    ) -> Tensor:  # fmt: skip
-        # Sums over qualifying anchors of: loss, 1, mean positive cosine, hardest negative cosine, wrongly
-        # classified.
-        device, num_classes, none = pixel_A.device, self.num_classes, float("-inf")
-        class_A = torch.where(valid_A, class_A, num_classes)  # has no positives
-        classes_C1 = torch.arange(num_classes + 1, device=device)[:, None]
-        other_CL = (pool.class_L != classes_C1) & (pool.class_L < num_classes)
-        negative_AL = other_CL[class_A]
-        # the positives lie side by side: a window of `width` candidates from the start of the class
-        place_W = torch.arange(pool.width, device=device)
-        window_AW = F.pad(pool.start_C, (0, 1))[class_A][:, None] + place_W
-        window_AW = window_AW.clamp(max=len(pool.class_L) - 1)
-        positive_AW = place_W < F.pad(pool.count_C, (0, 1))[class_A][:, None]
-        positive_AW = positive_AW & (pool.pixel_L[window_AW] != pixel_A[:, None])
-        if self.mode == "intra_image":
-            same_AL = (pool.pixel_L // pixels) == (pixel_A // pixels)[:, None]
-            negative_AL, positive_AW = negative_AL & same_AL, positive_AW & same_AL.gather(1, window_AW)
-        cosine_AL = anchor_AD @ pool.emb_LD.T
-        with torch.no_grad():
-            plain_AW = cosine_AL.gather(1, window_AW)
-            plain_AL = torch.where(negative_AL, cosine_AL, none)
-            key_A = fold(draw_state(self.seed, step, 3, device), pixel_A)
-            far_AW = torch.where(positive_AW, -plain_AW, none)
-            index_AK, positive_AK = select_pairs(far_AW, self.positives, self.pair_sampler, key_A)
-            index_AM, negative_AM = select_pairs(plain_AL, self.negatives, self.pair_sampler, key_A)
-        chosen = cosine_AL.gather(1, torch.cat([window_AW.gather(1, index_AK), index_AM], dim=1))
-        loss_A, qualifies_A = pixel_contrast_loss(
-            chosen[:, : index_AK.shape[1]],
-            positive_AK,
-            chosen[:, index_AK.shape[1] :],
-            negative_AM,
-            self.temperature,
-        )
-        mean_A = torch.where(positive_AW, plain_AW, 0).sum(1) / positive_AW.sum(1).clamp(min=1)
-        facts_4A = torch.stack([torch.ones_like(mean_A), mean_A, plain_AL.amax(1), hard_A.to(mean_A.dtype)])
-        return torch.cat([loss_A.sum()[None], torch.where(qualifies_A, facts_4A, 0).sum(1)])
 
     @torch.no_grad()
     def enqueue_(self, projected: Tensor, labels: Tensor, indices: Tensor, step: int) -> None:
@@ -313,6 +322,14 @@ class PixelContrast(nn.Module):
         class_BP = class_map(labels, self.num_classes, self.ignore_index)
         key_BP = pixel_keys(class_BP, indices, self.seed, step, 0)
         self.memory.enqueue_(_rows(projected), class_BP, key_BP, indices, self.all_gather)
+
+
+def _take_pixels(features: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
+    # Rows (..., F) of a map (B, F, h, w). Indexing makes a dense gradient; where it does not lie in memory as
+    # the features do, adding it to their other gradient is slower than all the rest.
+    if features.is_contiguous():
+        return features.flatten(2)[image, :, pixel]
+    return features.permute(0, 2, 3, 1).flatten(1, 2)[image, pixel]
 
 
 def _rows(projected: Tensor) -> Tensor:

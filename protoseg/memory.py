@@ -10,6 +10,7 @@ image and class, T slots of the pixel ring, R slots of the region memory, G grou
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,41 +75,46 @@ def class_map(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.where(known, class_BP, num_classes)
 
 
-def first_per_group(key_N: Tensor, group_N: Tensor, num_groups: int, count: int) -> tuple[Tensor, Tensor]:
-    """Positions of the `count` smallest keys of each group, in order of the key.
+class Groups(NamedTuple):
+    """Pixels sorted by group, and by key within it: group g is order[start[g]], ..., order[start[g + 1] - 1].
 
-    Equal keys keep the order of their positions. Entries of group `num_groups` belong to no group.
-    Returns positions (G, count) int64, 0 where the group has no more, and valid (G, count) bool.
+    order_N (N,) and start_G (G + 1,), int64; the rest of `order_N` belongs to no group.
     """
+
+    order_N: Tensor
+    start_G: Tensor
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """Positions (G, count) of the smallest keys of each group, in order, and which of them exist.
+
+        Those that do not are some other pixel, always the same.
+        """
+        slot_GK = self.start_G[:-1, None] + torch.arange(count, device=self.start_G.device)
+        valid_GK = slot_GK < self.start_G[1:, None]
+        return self.order_N[torch.where(valid_GK, slot_GK, 0)], valid_GK
+
+
+def sort_groups(key_N: Tensor, group_N: Tensor, num_groups: int) -> Groups:
+    """Sort pixels by (group, key, position); pixels of group `num_groups` belong to none."""
     sorted_N, order_N = torch.sort((group_N << KEY_BITS) | key_N, stable=True)
-    bounds = torch.arange(num_groups + 1, device=key_N.device) << KEY_BITS
-    start_G1 = torch.searchsorted(sorted_N, bounds)
-    slot_GK = start_G1[:-1, None] + torch.arange(count, device=key_N.device)
-    valid_GK = slot_GK < start_G1[1:, None]
-    position_GK = order_N[torch.where(valid_GK, slot_GK, 0)]
-    return torch.where(valid_GK, position_GK, 0), valid_GK
+    bound_G = torch.arange(num_groups + 1, device=key_N.device) << KEY_BITS
+    return Groups(order_N, torch.searchsorted(sorted_N, bound_G))
 
 
-def region_means(emb_BPD: Tensor, class_BP: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """l2-normalised mean embedding of each class in each image (section 3.2, "region memory").
+def region_means(rows_ND: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """l2-normalised mean of the rows of each group (section 3.2, "region memory").
 
-    Returns means (B, C, D) float32 or float64 and valid (B, C); a class that is absent, or whose mean has a
-    norm below 1e-6, is not valid.
+    Returns means (G, D) float32 or float64 and valid (G,); a group that is empty, or whose mean has a norm
+    below 1e-6, is not valid.
     """
-    batch, dim = len(emb_BPD), emb_BPD.shape[2]
-    image_B1 = torch.arange(batch, device=class_BP.device)[:, None]
-    group_N = (image_B1 * (num_classes + 1) + class_BP).flatten()
-    # a segmented sum over pixels sorted by group: fast, and added up in the same order in every run
-    groups = batch * (num_classes + 1)
-    sorted_N, order_N = group_N.sort(stable=True)
-    bound_G1 = torch.searchsorted(sorted_N, torch.arange(groups + 1, device=class_BP.device))
-    rows_ND = full_precision(emb_BPD).flatten(0, 1)
-    sum_GD = F.embedding_bag(order_N, rows_ND, bound_G1[:-1], mode="sum")
-    count_BC = bound_G1.diff().view(batch, -1)[:, :-1]
-    mean_BCD = sum_GD.view(batch, num_classes + 1, dim)[:, :-1] / count_BC.clamp(min=1)[:, :, None]
-    norm_BC1 = mean_BCD.norm(dim=2, keepdim=True)
-    valid_BC = (count_BC > 0) & (norm_BC1.squeeze(2) > 1e-6)
-    return mean_BCD / norm_BC1.clamp(min=1e-6), valid_BC
+    # a segmented sum over sorted pixels: fast, and added up in the same order in every run; the last
+    # segment is what belongs to no group
+    sum_GD = F.embedding_bag(groups.order_N, full_precision(rows_ND), groups.start_G, mode="sum")[:-1]
+    count_G1 = groups.start_G.diff()[:, None]
+    mean_GD = sum_GD / count_G1.clamp(min=1)
+    norm_G1 = mean_GD.norm(dim=1, keepdim=True)
+    valid_G = ((count_G1 > 0) & (norm_G1 > 1e-6)).squeeze(1)
+    return mean_GD / norm_G1.clamp(min=1e-6), valid_G
 
 
 def memory_slots(
@@ -147,24 +153,15 @@ def memory_slots(
     return kept_pixels, kept_regions, text
 
 
-def _put_(table_CSD: Tensor, class_R: Tensor, slot_R: Tensor, rows_RD: Tensor, valid_R: Tensor) -> None:
-    # Writes the valid rows, with shapes that do not depend on how many there are: every other row repeats
-    # the first valid one, and where there is none at all a slot is overwritten with what it holds.
-    first = valid_R.to(torch.uint8).argmax(0, keepdim=True)
-    class_R = torch.where(valid_R, class_R, class_R.index_select(0, first))
-    slot_R = torch.where(valid_R, slot_R, slot_R.index_select(0, first))
-    held_1D = table_CSD[class_R[:1], slot_R[:1]]
-    spare_1D = torch.where(valid_R.any(), rows_RD.index_select(0, first), held_1D)
-    table_CSD.index_put_((class_R, slot_R), torch.where(valid_R[:, None], rows_RD, spare_1D))
-
-
 class PixelMemory(nn.Module):
     """Pixel ring (C, T, D) and region memory (C, R, D) of all classes; buffers only, nothing is learned.
 
     The pixel ring keeps the last T pixels of each class, drawn V per image; the oldest leaves first. The
     region memory is a table by dataset index, overwritten at each visit, or a ring where the cap forces it.
-    Buffers are `pixel_CTD`, `pixel_head_C`, `pixel_fill_C`, `region_CRD`, `region_head_C`,
-    `region_valid_CR`; `message` says what the cap took away, or is None.
+    `pixel_CTD` and `region_CRD` are views of one buffer, `rows_SD`: all pixel slots, then all region slots,
+    then one spare row, which takes what must not be written and is always zero. The other buffers are
+    `pixel_head_C`, `pixel_fill_C`, `region_head_C`, `region_valid_CR`. `message` says what the cap took
+    away, or is None.
 
     Args: dim and num_classes; num_images in the training set; memory "pixel", "region" or "both";
     pixels_per_image V; memory_size T (default 10 per image); cap_mb for both parts together; storage_dtype
@@ -173,10 +170,9 @@ class PixelMemory(nn.Module):
     Source: ICCV 2021, section 3.2 and 3.3.
     """
 
-    pixel_CTD: Tensor
+    rows_SD: Tensor
     pixel_head_C: Tensor
     pixel_fill_C: Tensor
-    region_CRD: Tensor
     region_head_C: Tensor
     region_valid_CR: Tensor
 
@@ -209,12 +205,28 @@ class PixelMemory(nn.Module):
         self.pixel_slots, self.region_slots = pixels, regions
         self.region_is_table = regions == num_images
         counts = torch.zeros(num_classes, dtype=torch.int64)
-        self.register_buffer("pixel_CTD", torch.zeros(num_classes, pixels, dim, dtype=storage_dtype))
+        self.register_buffer("rows_SD", torch.zeros(self.spare + 1, dim, dtype=storage_dtype))
         self.register_buffer("pixel_head_C", counts.clone())
         self.register_buffer("pixel_fill_C", counts.clone())
-        self.register_buffer("region_CRD", torch.zeros(num_classes, regions, dim, dtype=storage_dtype))
         self.register_buffer("region_head_C", counts.clone())
         self.register_buffer("region_valid_CR", torch.zeros(num_classes, regions, dtype=torch.bool))
+
+    @property
+    def spare(self) -> int:
+        """The row of `rows_SD` that is always zero."""
+        return self.num_classes * (self.pixel_slots + self.region_slots)
+
+    @property
+    def pixel_CTD(self) -> Tensor:
+        """All pixel rings (C, T, D), a view."""
+        count = self.num_classes * self.pixel_slots
+        return self.rows_SD[:count].view(self.num_classes, self.pixel_slots, self.dim)
+
+    @property
+    def region_CRD(self) -> Tensor:
+        """The region memory of all classes (C, R, D), a view."""
+        first = self.num_classes * self.pixel_slots
+        return self.rows_SD[first:-1].view(self.num_classes, self.region_slots, self.dim)
 
     @torch.no_grad()
     def enqueue_(
@@ -232,48 +244,70 @@ class PixelMemory(nn.Module):
         that one process gets from the joint batch.
         """
         batch, num_classes, drawn = len(emb_BPD), self.num_classes, self.pixels_per_image
-        dtype = self.pixel_CTD.dtype
-        rows: list[Tensor] = []
-        facts = [indices_B.to(torch.int64)[:, None]]
+        image_B1 = torch.arange(batch, device=emb_BPD.device)[:, None]
+        group_BP = torch.where(class_BP < num_classes, image_B1 * num_classes + class_BP, batch * num_classes)
+        groups = sort_groups(key_BP.flatten(), group_BP.flatten(), batch * num_classes)
+        emb_ND = emb_BPD.flatten(0, 1)
+        rows: list[Tensor] = []  # (B, C, V or 1, D)
+        facts = [indices_B.to(torch.int64)[:, None]]  # then (B, C) each: how many of those rows exist
         if self.pixel_slots:
-            image_B1 = torch.arange(batch, device=emb_BPD.device)[:, None]
-            group_BP = torch.where(
-                class_BP < num_classes, image_B1 * num_classes + class_BP, batch * num_classes
-            )
-            position_GV, valid_GV = first_per_group(
-                key_BP.flatten(), group_BP.flatten(), batch * num_classes, drawn
-            )
-            picked_GVD = emb_BPD.flatten(0, 1)[position_GV].to(dtype)
-            rows.append(picked_GVD.view(batch, num_classes, drawn, self.dim))
-            facts.append(valid_GV.sum(1).view(batch, num_classes))
+            position_GV, valid_GV = groups.first(drawn)
+            rows.append(emb_ND.index_select(0, position_GV.flatten()))
+            facts.append(valid_GV.sum(1))
         if self.region_slots:
-            mean_BCD, valid_BC = region_means(emb_BPD, class_BP, num_classes)
-            rows.append(mean_BCD.to(dtype)[:, :, None])
-            facts.append(valid_BC.to(torch.int64))
+            mean_GD, valid_G = region_means(emb_ND, groups)
+            rows.append(mean_GD)
+            facts.append(valid_G.to(torch.int64))
+        rows = [part.to(self.rows_SD.dtype).view(batch, num_classes, -1, self.dim) for part in rows]
+        facts = [facts[0], *(part.view(batch, num_classes) for part in facts[1:])]
         if all_gather is not None:  # two collectives: the embeddings, and everything that is an integer
             gathered = all_gather(torch.cat(rows, dim=2))
             rows = list(gathered.split([part.shape[2] for part in rows], dim=2))
             facts = list(all_gather(torch.cat(facts, dim=1)).split([part.shape[1] for part in facts], dim=1))
         if self.pixel_slots:
-            fill_C = _ring_write_(self.pixel_CTD, self.pixel_head_C, rows[0], facts[1])
-            self.pixel_fill_C.add_(fill_C).clamp_(max=self.pixel_slots)
+            written_C = self._append_(0, self.pixel_slots, self.pixel_head_C, rows[0], facts[1])
+            self.pixel_fill_C.add_(written_C).clamp_(max=self.pixel_slots)
         if self.region_slots and self.region_is_table:
-            self._write_table_(rows[-1][:, :, 0], facts[-1] > 0, facts[0][:, 0])
+            self._write_table_(rows[-1], facts[-1] > 0, facts[0][:, 0])
         elif self.region_slots:
-            written_C = _ring_write_(self.region_CRD, self.region_head_C, rows[-1], facts[-1])
-            fill_C = self.region_valid_CR.sum(1) + written_C
-            slot_R = torch.arange(self.region_slots, device=fill_C.device)
-            self.region_valid_CR.copy_(slot_R < fill_C[:, None])
+            first = num_classes * self.pixel_slots
+            written_C = self._append_(first, self.region_slots, self.region_head_C, rows[-1], facts[-1])
+            fill_C1 = (self.region_valid_CR.sum(1) + written_C)[:, None]
+            self.region_valid_CR.copy_(torch.arange(self.region_slots, device=fill_C1.device) < fill_C1)
 
-    def _write_table_(self, mean_BCD: Tensor, valid_BC: Tensor, indices_B: Tensor) -> None:
+    def _append_(
+        self, first: int, slots: int, head_C: Tensor, rows_BCVD: Tensor, count_BC: Tensor
+    ) -> Tensor:  # fmt: skip
+        # Appends rows_BCVD[b, c, :count_BC[b, c]] to the ring of class c, `slots` rows that begin at
+        # first + c * slots; images in order. Returns how many per class. More rows than slots: the earlier
+        # ones would be overwritten in the same call, and are left out.
+        device, total_C = head_C.device, count_BC.sum(0)
+        rank_V = torch.arange(rows_BCVD.shape[2], device=device)
+        order_BCV = (count_BC.cumsum(0) - count_BC)[:, :, None] + rank_V
+        valid_BCV = (rank_V < count_BC[:, :, None]) & (order_BCV >= (total_C - slots)[:, None])
+        ring_C1 = first + slots * torch.arange(self.num_classes, device=device)[:, None]
+        self._put_(ring_C1 + (head_C[:, None] + order_BCV) % slots, rows_BCVD, valid_BCV)
+        head_C.add_(total_C).remainder_(slots)
+        return total_C
+
+    def _write_table_(self, rows_BC1D: Tensor, valid_BC: Tensor, indices_B: Tensor) -> None:
         # The same image twice in one batch: the later visit overwrites, whatever order the device writes in.
         same_later_BB = (indices_B[:, None] == indices_B[None, :]).triu(1)
         valid_BC = valid_BC & ~(same_later_BB[:, :, None] & valid_BC[None, :, :]).any(1)
-        batch, num_classes, _ = mean_BCD.shape
-        class_R = torch.arange(num_classes, device=mean_BCD.device).repeat(batch)
-        slot_R, valid_R = indices_B.repeat_interleave(num_classes), valid_BC.flatten()
-        _put_(self.region_CRD, class_R, slot_R, mean_BCD.flatten(0, 1), valid_R)
-        _put_(self.region_valid_CR[:, :, None], class_R, slot_R, torch.ones_like(valid_R)[:, None], valid_R)
+        first, slots = self.num_classes * self.pixel_slots, self.region_slots
+        slot_BC = slots * torch.arange(self.num_classes, device=indices_B.device) + indices_B[:, None]
+        # an index beyond the table must fail, and not end in the next class
+        known_B1 = ((indices_B >= 0) & (indices_B < slots))[:, None]
+        self._put_(torch.where(known_B1, first + slot_BC, self.spare + 1), rows_BC1D, valid_BC)
+        seen_F = torch.zeros(self.region_valid_CR.numel() + 1, dtype=torch.bool, device=indices_B.device)
+        seen_F.index_fill_(0, torch.where(valid_BC, slot_BC, -1).flatten(), True)
+        self.region_valid_CR.logical_or_(seen_F[:-1].view_as(self.region_valid_CR))
+
+    def _put_(self, slot: Tensor, rows: Tensor, valid: Tensor) -> None:
+        # Shapes that do not depend on how many rows are valid: the others go to the spare row.
+        slot_R = torch.where(valid, slot, self.spare).flatten()
+        self.rows_SD.index_copy_(0, slot_R, rows.reshape(-1, self.dim))
+        self.rows_SD[self.spare].zero_()
 
     def count_C(self) -> Tensor:
         """Number of filled slots of each class, (C,) int64."""
@@ -295,60 +329,30 @@ class PixelMemory(nn.Module):
 
         The filled slots form a circle that is cut into as many arcs as are wanted, at a random place, and
         each arc gives one uniform slot: every slot is equally likely, none comes twice, and the work does
-        not grow with the memory. Returns slots (C, width) in [0, T + R), region slots after the pixel
-        slots; entries from want_C on are arbitrary.
+        not grow with the memory. Returns rows of `rows_SD`, (C, width); entries from want_C on are
+        arbitrary.
         """
         device = want_C.device
+        class_C1 = torch.arange(self.num_classes, device=device)[:, None]
         filled_C1 = self.count_C().clamp(min=1)[:, None]
         want_C1 = want_C.clamp(min=1)[:, None]
-        state_C1 = fold(draw_state(seed, step, 2, device), torch.arange(self.num_classes, device=device))[
-            :, None
-        ]
+        state_C1 = fold(draw_state(seed, step, 2, device), class_C1)
         arc_Q = torch.arange(width, device=device)
         low_CQ, high_CQ = arc_Q * filled_C1 // want_C1, (arc_Q + 1) * filled_C1 // want_C1
         inside_CQ = to_key(fold(state_C1, arc_Q)) % (high_CQ - low_CQ).clamp(min=1)
         turn_C1 = to_key(fold(state_C1, torch.full_like(state_C1, width))) % filled_C1
         slot_CQ = (low_CQ + inside_CQ + turn_C1) % filled_C1
+        pixel_CQ = class_C1 * self.pixel_slots + slot_CQ
         if not self.region_slots:
-            return slot_CQ
+            return pixel_CQ
         # the n-th filled region lies where the running count of filled regions first reaches n
         region_CQ = slot_CQ - self.pixel_fill_C[:, None]
-        reached_CR = self.region_valid_CR.cumsum(1)
-        region_slot_CQ = torch.searchsorted(reached_CR, region_CQ + 1).clamp(max=self.region_slots - 1)
-        return torch.where(region_CQ < 0, slot_CQ, self.pixel_slots + region_slot_CQ)
-
-    @torch.no_grad()
-    def rows(self, slot_CQ: Tensor) -> Tensor:
-        """Embeddings (C, Q, D), float32, of slots given as by `draw`."""
-        class_C1 = torch.arange(self.num_classes, device=slot_CQ.device)[:, None]
-        if not self.region_slots:
-            return self.pixel_CTD[class_C1, slot_CQ].float()
-        region_CQ = (slot_CQ - self.pixel_slots).clamp(min=0)
-        region_CQD = self.region_CRD[class_C1, region_CQ]
-        if not self.pixel_slots:
-            return region_CQD.float()
-        pixel_CQD = self.pixel_CTD[class_C1, slot_CQ.clamp(max=self.pixel_slots - 1)]
-        return torch.where((slot_CQ < self.pixel_slots)[:, :, None], pixel_CQD, region_CQD).float()
+        place_CQ = torch.searchsorted(self.region_valid_CR.cumsum(1), region_CQ + 1)
+        first_C1 = self.num_classes * self.pixel_slots + class_C1 * self.region_slots
+        return torch.where(region_CQ < 0, pixel_CQ, first_C1 + place_CQ.clamp(max=self.region_slots - 1))
 
     def everything(self) -> tuple[Tensor, Tensor]:
         """All slots: embeddings (C, T + R, D) float32 and valid (C, T + R)."""
-        filled_CT = torch.arange(self.pixel_slots, device=self.pixel_CTD.device) < self.pixel_fill_C[:, None]
+        filled_CT = torch.arange(self.pixel_slots, device=self.rows_SD.device) < self.pixel_fill_C[:, None]
         rows_CSD = torch.cat([self.pixel_CTD, self.region_CRD], dim=1).float()
         return rows_CSD, torch.cat([filled_CT, self.region_valid_CR], dim=1)
-
-
-def _ring_write_(ring_CTD: Tensor, head_C: Tensor, rows_BCVD: Tensor, count_BC: Tensor) -> Tensor:
-    # Appends rows_BCVD[b, c, :count_BC[b, c]] to the ring of class c, images in order; returns how many per
-    # class. More than T rows for one class: the earlier ones would be overwritten in the same call, and are
-    # left out.
-    batch, num_classes, drawn, dim = rows_BCVD.shape
-    slots, device = ring_CTD.shape[1], ring_CTD.device
-    total_C = count_BC.sum(0)
-    rank_V = torch.arange(drawn, device=device)
-    order_BCV = (count_BC.cumsum(0) - count_BC)[:, :, None] + rank_V
-    valid_BCV = (rank_V < count_BC[:, :, None]) & (order_BCV >= (total_C - slots)[:, None])
-    slot_BCV = (head_C[:, None] + order_BCV) % slots
-    class_BCV = torch.arange(num_classes, device=device)[:, None].expand(batch, num_classes, drawn)
-    _put_(ring_CTD, class_BCV.flatten(), slot_BCV.flatten(), rows_BCVD.reshape(-1, dim), valid_BCV.flatten())
-    head_C.add_(total_C).remainder_(slots)
-    return total_C

@@ -9,7 +9,7 @@ from ranks import Ranks
 from torch import Tensor
 
 from protoseg.contrast import PixelContrast, ProjectionHead, pixel_contrast_loss, uniformity
-from protoseg.memory import class_map, pixel_keys
+from protoseg.memory import class_map, pixel_keys, sort_groups
 from protoseg.sampling import balanced_pool, select_anchors, select_pairs
 
 IGNORE, TAU, DIM, CLASSES, IMAGES = 255, 0.1, 8, 4, 6
@@ -152,35 +152,55 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- pair samplers
 
 
-def known_order(total: int, candidates: int) -> tuple[Tensor, Tensor]:
-    """Hardness (total,) in a shuffled, known order, `candidates` of them valid, and the rank of each."""
+def known_order(total: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hardness (total,) in a shuffled, known order, which entries are candidates, and the rank of each.
+
+    Those that are no candidates are harder than any candidate.
+    """
     order = torch.randperm(total, generator=torch.Generator().manual_seed(total))
-    hardness = torch.full((total,), float("-inf"))
+    hardness = torch.full((total,), 1.5)
     hardness[order[:candidates]] = torch.linspace(1, -1, candidates)
     rank = torch.empty(total, dtype=torch.int64)
     rank[order] = torch.arange(total)
-    return hardness, rank
+    return hardness, rank < candidates, rank
 
 
-@pytest.mark.parametrize("candidates", [0, 3, 40, 90])
+@pytest.mark.parametrize("candidates", [0, 3, 40, 90, 100])
 def test_hardest_is_exact(candidates: int) -> None:
-    hardness, rank = known_order(100, candidates)
-    index, valid = select_pairs(hardness.repeat(2, 1), 12, "hardest", torch.tensor([1, 2]))
+    hardness, candidate, rank = known_order(100, candidates)
+    index, valid = select_pairs(hardness.repeat(2, 1), candidate, 12, "hardest", torch.tensor([1, 2]))
     for row in range(2):
         assert sorted(rank[index[row][valid[row]]].tolist()) == list(range(min(12, candidates)))
 
 
-@pytest.mark.parametrize(("candidates", "tenth"), [(0, 0), (3, 1), (19, 1), (57, 5), (400, 40)])
+@pytest.mark.parametrize(
+    ("candidates", "tenth"), [(0, 0), (3, 1), (19, 1), (57, 5), (400, 40), (499, 49), (500, 50)]
+)
 def test_semi_hard_takes_all_of_a_small_tenth(candidates: int, tenth: int) -> None:
-    hardness, rank = known_order(500, candidates)
-    index, valid = select_pairs(hardness[None], 60, "semi_hard", torch.tensor([1]))
+    hardness, candidate, rank = known_order(500, candidates)
+    index, valid = select_pairs(hardness[None], candidate, 60, "semi_hard", torch.tensor([1]))
     assert sorted(rank[index[0][valid[0]]].tolist()) == list(range(tenth))
 
 
+def test_semi_hard_has_a_tenth_of_its_own_in_every_row() -> None:
+    ask = torch.Generator().manual_seed(0)
+    hardness = torch.randn(60, 7, generator=ask).repeat(1, 13)  # every value 13 times: ties
+    candidate = torch.rand(60, 91, generator=ask) < torch.rand(60, 1, generator=ask)
+    index, valid = select_pairs(hardness, candidate, 60, "semi_hard", torch.arange(60))
+    for row in range(60):
+        chosen = index[row][valid[row]]
+        assert candidate[row, chosen].all()
+        assert chosen.unique().numel() == len(chosen)
+        among = hardness[row][candidate[row]].sort(descending=True).values
+        expected = among[: max(len(among) // 10, 1)]
+        assert hardness[row][chosen].sort(descending=True).values.tolist() == expected.tolist()
+
+
 def chi_square_of_draws(sampler: str, eligible: int, count: int) -> float:
-    hardness, rank = known_order(500, 400)
+    hardness, candidate, rank = known_order(500, 400)
     trials = 4000
-    index, valid = select_pairs(hardness.repeat(trials, 1), count, sampler, torch.arange(trials) * 977)
+    keys = torch.arange(trials) * 977
+    index, valid = select_pairs(hardness.repeat(trials, 1), candidate, count, sampler, keys)
     assert valid.sum(1).tolist() == [count] * trials
     ranks = rank[index]
     assert ranks.max() < eligible
@@ -200,53 +220,67 @@ def test_random_is_uniform_over_all_candidates() -> None:
 
 @pytest.mark.parametrize("candidates", [0, 5, 60])
 def test_random_takes_all_if_fewer(candidates: int) -> None:
-    hardness, rank = known_order(100, candidates)
+    hardness, candidate, rank = known_order(100, candidates)
     for count in (60, 200):
-        index, valid = select_pairs(hardness[None], count, "random", torch.tensor([3]))
+        index, valid = select_pairs(hardness[None], candidate, count, "random", torch.tensor([3]))
         assert sorted(rank[index[0][valid[0]]].tolist()) == list(range(candidates))
 
 
 # --- anchors
 
 
-def anchors_of(class_BP: Tensor, wrong_BP: Tensor, per_class: int, sampler: str, step: int = 0) -> Tensor:
-    indices = torch.arange(len(class_BP))
-    keys = [pixel_keys(class_BP, indices, 3, step, salt) for salt in (0, 1)]
-    pixel, valid = select_anchors(class_BP, wrong_BP, *keys, CLASSES, per_class, sampler)
-    chosen = pixel[valid]
+def anchors_of(class_N: Tensor, wrong_N: Tensor, per_class: int, sampler: str, step: int = 0) -> Tensor:
+    """Anchors of one image, checked to be of their class and different; class -1 has no label."""
+    class_N = torch.where(class_N < 0, CLASSES, class_N)
+    key_N = pixel_keys(class_N[None], torch.tensor([4]), 3, step, 0)[0]
+    groups = sort_groups(key_N, class_N, CLASSES)
+    pixel_CJ, valid_CJ = select_anchors(groups, class_N, wrong_N, per_class, sampler)
+    assert (class_N[pixel_CJ] == torch.arange(CLASSES)[:, None])[valid_CJ].all()
+    chosen = pixel_CJ[valid_CJ]
     assert chosen.unique().numel() == len(chosen)
     return chosen
 
 
+def test_seg_hard_against_lists() -> None:
+    ask = torch.Generator().manual_seed(0)
+    for step in range(60):
+        class_N = torch.randint(-1, CLASSES, (90,), generator=ask)
+        wrong_N = torch.rand(90, generator=ask) < torch.rand(1, generator=ask)
+        per_class = 1 + step % 30
+        key_N = pixel_keys(class_N[None], torch.tensor([4]), 3, step, 0)[0]
+        expected: list[int] = []
+        for c in range(CLASSES):
+            own = sorted((class_N == c).nonzero().flatten().tolist(), key=lambda n: int(key_N[n]))
+            random_half = own[: per_class - per_class // 2]
+            left = [n for n in own if n not in random_half]
+            hard_half = [n for n in left if wrong_N[n]][: per_class // 2]
+            fill = [n for n in left if n not in hard_half]
+            expected += (random_half + hard_half + fill)[:per_class]
+        assert anchors_of(class_N, wrong_N, per_class, "seg_hard", step).tolist() == expected
+
+
 def test_seg_hard_takes_half_wrong_ones_and_fills_up() -> None:
     # class 0: plenty of both kinds; 1: two wrong ones; 2: wrong ones only; 3: five pixels in all
-    class_BP = torch.cat([torch.full((n,), c) for c, n in enumerate((100, 60, 40, 5))]).view(5, -1)
-    wrong_BP = torch.zeros(205, dtype=torch.bool)
-    wrong_BP[:50], wrong_BP[100:102], wrong_BP[160:200], wrong_BP[200] = True, True, True, True
-    hard = []
-    for step in range(400):
-        chosen = anchors_of(class_BP, wrong_BP.view(5, -1), 20, "seg_hard", step)
-        assert torch.bincount(class_BP.flatten()[chosen]).tolist() == [20, 20, 20, 5]
-        assert set(range(100, 102)) <= set(chosen.tolist())
-        hard.append(int(wrong_BP[chosen[chosen < 100]].sum()))
-    # ten hard ones, and ten drawn among the other 90, of which 40 are wrong
-    assert min(hard) >= 10
-    assert sum(hard) / 400 == pytest.approx(10 + 10 * 40 / 90, abs=0.25)
+    class_N = torch.cat([torch.full((n,), c) for c, n in enumerate((100, 60, 40, 5))])
+    wrong_N = torch.zeros(205, dtype=torch.bool)
+    wrong_N[:50], wrong_N[100:102], wrong_N[160:200], wrong_N[200] = True, True, True, True
+    hits = torch.zeros(205)
+    for step in range(1000):
+        chosen = anchors_of(class_N, wrong_N, 20, "seg_hard", step)
+        assert torch.bincount(class_N[chosen]).tolist() == [20, 20, 20, 5]
+        assert {100, 101} <= set(chosen.tolist())
+        assert wrong_N[chosen[chosen < 100]].sum() >= 10
+        hits[chosen] += 1
+    # ten random ones, of which five are wrong, and ten wrong ones: each kind drawn evenly
+    for kind, expected in ((hits[:50], 15 / 50), (hits[50:100], 5 / 50), (hits[102:160], 18 / 58)):
+        chi_square = ((kind - 1000 * expected) ** 2 / (1000 * expected)).sum() / (1 - expected)
+        assert chi_square < 95, float(chi_square)  # at most 57 degrees of freedom, p = 0.001
 
 
 def test_random_anchors_ignore_the_prediction() -> None:
-    class_BP, wrong_BP = torch.zeros(1, 200, dtype=torch.int64), torch.arange(200)[None] < 100
-    hard = [
-        float(wrong_BP[0][anchors_of(class_BP, wrong_BP, 20, "random", step)].sum()) for step in range(300)
-    ]
+    class_N, wrong_N = torch.zeros(200, dtype=torch.int64), torch.arange(200) < 100
+    hard = [float(wrong_N[anchors_of(class_N, wrong_N, 20, "random", step)].sum()) for step in range(300)]
     assert sum(hard) / 300 == pytest.approx(10, abs=0.4)
-
-
-def test_anchors_are_counted_over_the_batch_not_per_image() -> None:
-    chosen = anchors_of(
-        torch.zeros(8, 30, dtype=torch.int64), torch.zeros(8, 30, dtype=torch.bool), 50, "random"
-    )
-    assert len(chosen) == 50
 
 
 # --- pool
@@ -260,26 +294,27 @@ def test_pool_is_balanced_half_batch_half_memory_and_fills_up() -> None:
         rows.copy_(F.normalize(torch.randn(rows.shape), dim=2))
     emb, labels, _, indices = make_batch(seed=3)
     labels[labels == 3] = 2  # class 3 is only in the memory
-    class_BP = class_map(labels, CLASSES, IGNORE)
-    key_BP = pixel_keys(class_BP, indices, 0, 9, 0)
-    flat = emb.flatten(2).transpose(1, 2)
+    class_N = class_map(labels, CLASSES, IGNORE).flatten()
+    key_N = pixel_keys(class_map(labels, CLASSES, IGNORE), indices, 0, 9, 0).flatten()
+    flat = emb.flatten(2).transpose(1, 2).flatten(0, 1)
     for per_class, expected in ((8, [(4, 4)] * 3 + [(0, 8)]), (1000, None)):
-        pool = balanced_pool(flat, class_BP, key_BP, CLASSES, per_class, memory, 0, 9)
+        pool = balanced_pool(flat, sort_groups(key_N, class_N, CLASSES), per_class, memory, 0, 9)
         for c in range(CLASSES):
-            own = slice(int(pool.start_C[c]), int(pool.start_C[c] + pool.count_C[c]))
+            slots = torch.arange(c * per_class, (c + 1) * per_class)
+            own = slots[pool.class_L[slots] < CLASSES]
             assert (pool.class_L[own] == c).all()
             from_batch = pool.pixel_L[own][pool.pixel_L[own] >= 0]
-            in_batch, in_memory = int((class_BP == c).sum()), int(memory.count_C()[c])
-            counts = (len(from_batch), int(pool.count_C[c]) - len(from_batch))
+            in_batch, in_memory = int((class_N == c).sum()), int(memory.count_C()[c])
+            counts = (len(from_batch), len(own) - len(from_batch))
             assert counts == (expected[c] if expected else (in_batch, in_memory))
             assert from_batch.unique().numel() == len(from_batch)
-            assert (class_BP.flatten()[from_batch] == c).all()
+            assert (class_N[from_batch] == c).all()
             rows = pool.emb_LD[own]
-            assert torch.equal(rows[: len(from_batch)], flat.flatten(0, 1)[from_batch])
-            stored = memory.everything()[0][c][memory.everything()[1][c]].double()
+            assert torch.equal(rows[: len(from_batch)], flat[from_batch])
+            all_rows, valid = memory.everything()
+            stored = all_rows[c][valid[c]].double()
             drawn = (rows[len(from_batch) :, None] == stored[None]).all(2).any(0).sum()
             assert drawn == counts[1], "stored rows are drawn once each"
-    assert int((pool.class_L < CLASSES).sum()) == int(pool.count_C.sum())
 
 
 def test_large_pool_equals_full_pool() -> None:
@@ -432,6 +467,20 @@ def test_projecting_anchors_only_equals_projecting_everything() -> None:
         results.append([out.loss, out.projected, x.grad, *weights])
     for lean_value, value in zip(*results):
         assert torch.allclose(lean_value, value, atol=1e-12)
+
+
+def test_gradient_lies_in_memory_as_the_features_do() -> None:
+    # added to the classifier's gradient, another layout would cost more than the whole contrast
+    _, labels, predictions, indices = make_batch(seed=8)
+    torch.manual_seed(0)
+    head, features, gradients = ProjectionHead(5, DIM), torch.randn(3, 5, 4, 4), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = features.to(memory_format=layout, copy=True).requires_grad_()
+        out = filled(anchors_per_class=4)(x * 1, labels, predictions, indices, 5, head)
+        gradients.append(torch.autograd.grad(out.loss, x)[0])
+        assert gradients[-1].is_contiguous(memory_format=layout)
+        assert out.projected.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(*gradients, atol=1e-7)
 
 
 def test_only_anchors_get_a_gradient() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ranks import Ranks
 from torch import Tensor
 
-from protoseg.memory import PixelMemory, class_map, first_per_group, memory_slots, pixel_keys, region_means
+from protoseg.memory import PixelMemory, class_map, memory_slots, pixel_keys, region_means, sort_groups
 
 SEED, IGNORE = 7, 255
 WORD = (1 << 64) - 1
@@ -134,6 +134,7 @@ def test_replay_slot_by_slot(
         oracle.enqueue(emb, labels, indices, step)
         for memory in memories:
             assert_equal(memory, oracle, 0 if dtype == torch.float32 else 1e-3)
+            assert (memory.rows_SD[-1] == 0).all(), "the spare row"
             for (name, buffer), (_, same) in zip(memory.named_buffers(), first.named_buffers()):
                 assert torch.equal(buffer, same), name
     assert first.pixel_slots == 0 or min(oracle.written) > first.pixel_slots  # every ring has wrapped
@@ -161,7 +162,7 @@ def test_draw_is_uniform_and_without_replacement() -> None:
     class_BP = class_map(labels, 2, IGNORE)
     for step in range(3000):
         key_BP = pixel_keys(class_BP, torch.tensor([5]), SEED, step, 0)
-        position_GK, valid_GK = first_per_group(key_BP.flatten(), class_BP.flatten(), 2, 10)
+        position_GK, valid_GK = sort_groups(key_BP.flatten(), class_BP.flatten(), 2).first(10)
         assert valid_GK.tolist() == [[True] * 10, [False] * 10]
         assert position_GK[0].unique().numel() == 10
         counts[position_GK[0]] += 1
@@ -191,37 +192,29 @@ def test_memory_draw_takes_filled_slots_only_evenly_and_once(kind: str) -> None:
     if memory.region_slots:
         memory.region_valid_CR[0, [1, 5, 11]] = True
         memory.region_valid_CR[1, [0, 2]] = True
-    filled = memory.everything()[1]
-    want, hits = torch.minimum(torch.tensor([5, 3, 2]), memory.count_C()), torch.zeros(filled.shape)
+    # each slot holds the number of its row, as seen through the two views
+    memory.rows_SD.copy_(torch.arange(len(memory.rows_SD))[:, None].expand_as(memory.rows_SD))
+    rows_CSD, filled_CS = memory.everything()
+    row_CS = rows_CSD[:, :, 0].long()
+    want, hits = torch.minimum(torch.tensor([5, 3, 2]), memory.count_C()), torch.zeros(len(memory.rows_SD))
     for step in range(3000):
-        slot_CQ = memory.draw(want, 6, SEED, step)
+        drawn_CQ = memory.draw(want, 6, SEED, step)
         for c in range(3):
-            drawn = slot_CQ[c, : int(want[c])]
-            assert filled[c, drawn].all()
+            drawn = drawn_CQ[c, : int(want[c])]
+            assert torch.isin(drawn, row_CS[c][filled_CS[c]]).all()
             assert drawn.unique().numel() == len(drawn)
-            hits[c, drawn] += 1
-    assert (hits[~filled] == 0).all()
+            hits[drawn] += 1
     for c in range(2):
-        expected = 3000 * float(want[c]) / int(filled[c].sum())
-        assert ((hits[c][filled[c]] - expected).abs() < 0.12 * expected).all(), (c, hits[c])
-
-
-def test_rows_match_slots() -> None:
-    memory = PixelMemory(4, 2, 5, memory_size=3)
-    torch.manual_seed(0)
-    memory.pixel_CTD.normal_()
-    memory.region_CRD.normal_()
-    slot_CQ = torch.tensor([[0, 2, 3, 7], [7, 4, 1, 0]])
-    everything = torch.cat([memory.pixel_CTD, memory.region_CRD], dim=1)
-    expected = torch.stack([everything[c][slot_CQ[c]] for c in range(2)])
-    assert torch.equal(memory.rows(slot_CQ), expected)
+        expected = 3000 * float(want[c]) / int(filled_CS[c].sum())
+        got = hits[row_CS[c][filled_CS[c]]]
+        assert ((got - expected).abs() < 0.12 * expected).all(), (c, got)
 
 
 def test_region_mean_that_cancels_is_left_out() -> None:
-    emb = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.6, 0.8]]])  # class 0: two opposite vectors
-    mean, valid = region_means(emb, torch.tensor([[0, 0, 1]]), 3)
-    assert valid.tolist() == [[False, True, False]]
-    assert torch.allclose(mean[0, 1], torch.tensor([0.6, 0.8]))
+    rows = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]])  # class 0: two opposite vectors
+    mean, valid = region_means(rows, sort_groups(torch.tensor([4, 5, 6]), torch.tensor([0, 1, 0]), 3))
+    assert valid.tolist() == [False, True, False]
+    assert torch.allclose(mean[1], torch.tensor([0.6, 0.8]))
 
 
 def test_all_ignored_batch_changes_nothing() -> None:
@@ -281,5 +274,6 @@ def test_bad_values_name_themselves(change: dict, text: str) -> None:
 def test_index_beyond_the_table_is_an_error() -> None:
     memory = PixelMemory(5, 3, 4, memory="region")
     emb, labels, _ = batch_of(1, 3, 4, 5, random.Random(0))
-    with pytest.raises(IndexError):
-        enqueue_(memory, emb, labels, torch.tensor([4]), 0)
+    for index in (4, -1):  # the next class's first slot, the one before's last
+        with pytest.raises(IndexError):
+            enqueue_(memory, emb, torch.ones_like(labels), torch.tensor([index]), 0)
