@@ -1,6 +1,7 @@
 """A model edited after training: saved with its own class list, and read by every command."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +174,12 @@ def test_classes_that_the_data_cannot_show_have_no_iou() -> None:
     scores = Scores(("a", "b", "c"), confusion, unlabelled=(2,))
     assert scores.to_plain()["IoU"] == {"a": 0.8, "b": 5 / 12, "c": None}
     assert scores.miou == pytest.approx((0.8 + 5 / 12) / 2)
+
+
+def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/editing.md").read_text(), re.DOTALL)
+    write_checkpoint(tmp_path / "runs/mine/last.pt", tiny_config(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"images": torch.rand(2, 3, 32, 32) * 255, "masks": torch.ones(2, 32, 32, dtype=torch.bool)})
+    model, _, content = load_segmenter(Path("runs/mine/edited.pt"))
+    assert model.prototypes.num_classes == len(content["classes"]) == 4
