@@ -62,7 +62,7 @@ def sum_at_finest(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tenso
     """
     total = F.conv2d(maps[0], weights[0][:, :, None, None], bias)
     for x, weight in zip(maps[1:], weights[1:]):
-        total = total + resize(F.conv2d(x, weight[:, :, None, None]), total.shape[-2:])
+        total += resize(F.conv2d(x, weight[:, :, None, None]), total.shape[-2:])
     return total
 
 

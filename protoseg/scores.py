@@ -105,12 +105,21 @@ def class_scores(
     emb_ND = at_least_single(emb_ND)
     num_classes, num_prototypes, _ = protos_CKD.shape
     rows_MD = _k_major(protos_CKD, score_dtype or emb_ND.dtype)
+    chunk = _chunk(emb_ND, len(rows_MD), chunk_size)
+
+    def best_Cn(chunk_nD: Tensor) -> Tensor:
+        sims_Mn = rows_MD @ chunk_nD.to(rows_MD.dtype).t()
+        return sims_Mn.view(num_prototypes, num_classes, -1).amax(0).to(emb_ND.dtype)
+
     with torch.autocast(emb_ND.device.type, enabled=False):
-        parts = [
-            (rows_MD @ chunk_nD.to(rows_MD.dtype).t()).view(num_prototypes, num_classes, -1).amax(0)
-            for chunk_nD in emb_ND.split(_chunk(emb_ND, len(rows_MD), chunk_size))
-        ]
-    scores_CN = torch.cat(parts, 1).to(emb_ND.dtype)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            scores_CN = torch.cat([best_Cn(chunk_nD) for chunk_nD in emb_ND.split(chunk)], 1)
+        else:
+            # Results of their own would lie between the products and keep the heap from being used again:
+            # gigabytes at 847 classes.
+            scores_CN = emb_ND.new_empty(num_classes, len(emb_ND))
+            for chunk_nD, target_Cn in zip(emb_ND.split(chunk), scores_CN.split(chunk, 1)):
+                target_Cn.copy_(best_Cn(chunk_nD))
     return (scores_CN if live_C is None else scores_CN.masked_fill(~live_C[:, None], -1.0)).t()
 
 
