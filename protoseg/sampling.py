@@ -35,21 +35,19 @@ def select_anchors(
     """
     if sampler == "random":
         return groups.first(per_class)
-    # The keys put the pixels of a class in a uniform random order. Its first pixels are the random half, the
-    # first wrong ones after them the hard half, and then come the others: each pixel gets its new place.
+    # The keys put the pixels of a class in a uniform random order. Its first pixels are the random half; of
+    # the others the wrong ones go first, and otherwise they keep their order: so each pixel gets its new place.
     order_N, start_G = groups
     class_N, wrong_N = class_N.index_select(0, order_N), wrong_N.index_select(0, order_N)
-    hard_quota = per_class // 2
-    random_quota = per_class - hard_quota
+    half = per_class - per_class // 2
     place_N = torch.arange(len(order_N), device=order_N.device) - start_G.index_select(0, class_N)
-    spare_N = wrong_N & (place_N >= random_quota)
-    seen_N = F.pad(spare_N.cumsum(0), (1, 0))
+    hard_N = wrong_N & (place_N >= half)
+    seen_N = F.pad(hard_N.cumsum(0), (1, 0))
     seen_G = seen_N[start_G]
     nth_N = seen_N[1:] - seen_G.index_select(0, class_N)
-    chosen_G = F.pad(seen_G.diff().clamp(max=hard_quota), (0, 1))
-    others_N = place_N + chosen_G.index_select(0, class_N) - nth_N.clamp(max=hard_quota)
-    new_N = torch.where(spare_N & (nth_N <= hard_quota), random_quota - 1 + nth_N, others_N)
-    new_N = torch.where(place_N < random_quota, place_N, new_N)
+    total_N = F.pad(seen_G.diff(), (0, 1)).index_select(0, class_N)
+    new_N = torch.where(hard_N, half - 1 + nth_N, place_N + total_N - nth_N)
+    new_N = torch.where(place_N < half, place_N, new_N)
     num_classes = len(start_G) - 1
     wanted_N = (new_N < per_class) & (class_N < num_classes)
     slot_N = torch.where(wanted_N, class_N * per_class + new_N, num_classes * per_class)
