@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from protoseg import distributed
-from protoseg.commands import check_data_command, evaluate_command, predict_command
+from protoseg.commands import (
+    check_data_command,
+    evaluate_command,
+    import_weights_command,
+    predict_command,
+)
 from protoseg.config import UserError, load_config
 from protoseg.gallery import write_gallery
 from protoseg.sweep import LocalLauncher, SlurmLauncher, load_sweep, run_sweep
@@ -96,6 +101,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train_command,
     "evaluate": evaluate_command,
     "predict": predict_command,
+    "import_weights": import_weights_command,
     "check_data": check_data_command,
     "sweep": sweep_command,
     "vis_prototypes": vis_prototypes_command,

@@ -1,4 +1,4 @@
-"""The commands on trained models and on data: evaluate, predict, check_data."""
+"""The commands on trained models and on data: evaluate, predict, import_weights, check_data."""
 
 import argparse
 import sys
@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from protoseg import distributed
-from protoseg.checkpoint import load_segmenter
+from protoseg.checkpoint import load_segmenter, save_segmenter
 from protoseg.config import UserError, load_config
 from protoseg.data.check import check_dataset, print_report, write_bad_files
 from protoseg.data.datasets import LabelMap, dataset_spec
 from protoseg.data.label_ids import export_ids
 from protoseg.data.prepare import prepare_ade20k_full
+from protoseg.hrnet import HRNet
 from protoseg.inference import Protocol
 from protoseg.metrics import BOUNDARY_RATIO
+from protoseg.model import build_model
 from protoseg.predict import Outputs, find_sources, predict_sources
 from protoseg.report import write_json
 from protoseg.scoring import (
@@ -30,6 +32,7 @@ from protoseg.scoring import (
     write_figures,
     write_scores,
 )
+from protoseg.segmenter_weights import load_segmenter_weights, require_complete, take_bgr_
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
@@ -123,6 +126,43 @@ def predict_command(arguments: Sequence[str]) -> None:
             f"{len(failures)} of {len(sources)} inputs could not be read; the others are in {args.out}"
         )
     print(f"{len(sources)} inputs: results are in {args.out}")
+
+
+def import_weights_command(arguments: Sequence[str]) -> None:
+    """Make a checkpoint of ours from another program's."""
+    parser = argparse.ArgumentParser(
+        prog="import_weights",
+        description="Make a checkpoint from a whole segmenter of Hugging Face, mmsegmentation, or the"
+        " releases of SegFormer and ProtoSeg.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="describes the same architecture")
+    parser.add_argument("weights", metavar="CHECKPOINT", help=".pth, .safetensors or a Hugging Face folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.pt")
+    parser.add_argument(
+        "--bgr",
+        action="store_true",
+        help="the network was trained on BGR images, as OpenSeg and ProtoSeg do (HRNet only)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as data.classes=[a,b]")
+    args = parser.parse_intermixed_args(arguments)
+    config = load_config(args.config, args.overrides)
+    d = config.data
+    spec = dataset_spec(d.name, d.classes, d.palette, d.ignore_index, d.label_map)
+    model = build_model(config)
+    if args.bgr and not isinstance(model.backbone.net, HRNet):
+        raise UserError(f"--bgr: is for HRNet, not for {config.backbone.name}; leave the option out")
+    report = load_segmenter_weights(model, config.backbone.name, args.weights)
+    print(report)
+    require_complete(report)
+    if args.bgr:
+        take_bgr_(model.backbone.net)
+    elif config.decode_head.name == "official":
+        print("note: ProtoSeg's published code trains on BGR images; add --bgr if this file is from it")
+    try:
+        save_segmenter(args.out, model, config, spec.classes, spec.palette)
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot write ({error.strerror}); choose another place") from None
+    print(f"{args.out}: {len(spec.classes)} classes, {model.num_parameters:,} learnable parameters")
 
 
 def check_data_command(arguments: Sequence[str]) -> int:

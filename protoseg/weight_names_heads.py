@@ -106,16 +106,18 @@ HEAD_FORMATS: dict[str, tuple[Format, ...]] = {
             ),
         ),
     ),
+    # The released HRNet-W48, without its `module.` prefix; its classifier is the `official` preset's.
+    "OfficialHead": (
+        Format(
+            "ProtoSeg",
+            (
+                (r"cls_head\.0\.(\w+)", r"decode_head.conv.\1"),
+                (r"cls_head\.1\.(?:0\.)?(\w+)", r"decode_head.norm.\1"),
+                (r"proj_head\.proj\.([02]\.\w+)", r"classifier.projection.\1"),
+                (r"feat_norm\.(\w+)", r"classifier.feature_norm.\1"),
+                (r"mask_norm\.(\w+)", r"classifier.norm_\1"),
+                (r"prototypes", r"classifier.prototypes"),
+            ),
+        ),
+    ),
 }
-
-# The released ProtoSeg HRNet-W48, without its `module.` prefix → names for a wrapper that repeats its faults:
-# `decode_head` holds conv and norm, `classifier` the projection, both LayerNorms and the prototypes.
-OFFICIAL_RULES: Rules = (
-    (r"backbone\.((?:conv|bn)[12]\..+|(?:layer|transition|stage)\d\..+)", r"backbone.net.net.\1"),
-    (r"cls_head\.0\.(\w+)", r"decode_head.conv.\1"),
-    (r"cls_head\.1\.(\w+)", r"decode_head.norm.\1"),
-    (r"proj_head\.proj\.([02]\.\w+)", r"classifier.projection.\1"),
-    (r"feat_norm\.(\w+)", r"classifier.feature_norm.\1"),
-    (r"mask_norm\.(\w+)", r"classifier.norm_\1"),
-    (r"prototypes", r"classifier.prototypes"),
-)

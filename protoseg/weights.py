@@ -1,22 +1,18 @@
-"""Weights made by other programs: timm, torchvision, Hugging Face, mmsegmentation, the original releases.
+"""Backbone weights made by other programs: timm, torchvision, Hugging Face, mmsegmentation, the originals.
 
-A file is read without running any code in it, its names are translated (weight_names.py), and each tensor is
+A file is read (weight_files.py), its names are translated (weight_names.py), and each tensor is
 accounted for: loaded, missing in the file, or left over with a reason. A wrong shape is an error.
 """
 
 import functools
-import json
 import logging
-import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
-import torch
 from torch import Tensor, nn
 
 from protoseg.backbones import Backbone, ResNet
@@ -26,6 +22,7 @@ from protoseg.hrnet import HRNet
 from protoseg.mit import MixTransformer
 from protoseg.swin import SWINS, Swin
 from protoseg.timm_features import TimmFeatures
+from protoseg.weight_files import read_state, shorten
 from protoseg.weight_names import (
     HRNET_FORMATS,
     MIT_FORMATS,
@@ -36,7 +33,6 @@ from protoseg.weight_names import (
     reason,
     translate,
 )
-from protoseg.weight_names_heads import HEAD_FORMATS, OFFICIAL_RULES
 
 FORMATS: dict[type, tuple[Format, ...]] = {
     MixTransformer: MIT_FORMATS,
@@ -52,6 +48,7 @@ NVIDIA = (
 )
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+NO_PLACE = "does not exist in this model"
 Pieces = dict[str, list[tuple[str, Tensor]]]  # our name → what the file has for it
 
 
@@ -76,10 +73,6 @@ class Report:
         return "\n".join(lines + self.notes)
 
 
-def shorten(names: Sequence[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f", … and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> Report | None:
     """Load `weights` into a backbone built as `name`; in place, None for `none`.
 
@@ -94,41 +87,19 @@ def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> Report
     state = timm_state(backbone, name) if weights == "timm" else read_state(Path(weights))
     pieces, program = best(backbone, name, state, "")
     report = fit(backbone, pieces, state, weights, program)
-    report.notes += epsilon_and_licence(backbone, program)
+    report.notes += norm_epsilon(backbone, program)
     return report
 
 
-def load_segmenter_weights(model: Any, name: str, path: str) -> Report:
-    """Load a whole segmenter written by Hugging Face, mmsegmentation or the original SegFormer release.
-
-    model has `backbone` (built as `name`), `decode_head` and `classifier`, the linear one (a 1×1 convolution)
-    if the file's classifier is to be used.
-    Errors: as load_backbone_weights.
-    """
-    state = read_state(Path(path))
-    pieces, program = best(model.backbone, name, state, "backbone.")
-    formats = HEAD_FORMATS[type(model.decode_head).__name__]
-    known = model.state_dict().keys()
-    head = max((translate(f.rules, state) for f in formats), key=lambda found: len(found.keys() & known))
-    report = fit(model, pieces | head, state, path, program)
-    report.notes += epsilon_and_licence(model.backbone, program)
-    if not any(name.startswith("decode_head.") for name in report.matched):
-        report.notes.append(
-            f"nothing of the file fits the decode head {type(model.decode_head).__name__} "
-            "(mmsegmentation's SegFormer needs decode_head.name mlp_branch)"
-        )
-    return report
-
-
-def epsilon_and_licence(backbone: Backbone, program: str) -> list[str]:
-    """Set what a file of MiT weights does not say but means."""
+def norm_epsilon(backbone: Backbone, program: str) -> list[str]:
+    """Set what a file of MiT weights does not say but means, and print its licence."""
     if not isinstance(backbone.net, MixTransformer) or program == "protoseg":
         return []
     eps = next(f.norm_eps for f in MIT_FORMATS if f.program == program)
     assert eps is not None
     backbone.net.set_norm_eps(*eps)
     print_licence()
-    return [f"LayerNorm epsilon set to {eps[0]:g} in embeddings and reductions, {eps[1]:g} elsewhere", NVIDIA]
+    return [f"LayerNorm epsilon set to {eps[0]:g} in embeddings and reductions, {eps[1]:g} elsewhere"]
 
 
 @functools.cache  # once per process
@@ -147,7 +118,7 @@ def best(backbone: Backbone, name: str, state: Mapping[str, Tensor], ours: str) 
         options.append(
             ({key: [(prefix + key, value)] for key, value in part.items() if key in known}, "protoseg")
         )
-        for form in FORMATS[type(backbone.net)]:
+        for form in FORMATS.get(type(backbone.net), ()):
             found = translate(form.rules, part)
             found = {key: [(source[s], t) for s, t in pieces] for key, pieces in found.items()}
             options.append((found, form.program))
@@ -168,7 +139,7 @@ def fit(module: nn.Module, pieces: Pieces, state: Mapping[str, Tensor], path: st
     loaded = {}
     for name, parts in pieces.items():
         if name not in target:
-            used |= {source: f"{name} does not exist in this model" for source, _ in parts}
+            used |= {source: f"{name} {NO_PLACE}" for source, _ in parts}
             continue
         tensor, sources = join(parts), " + ".join(source for source, _ in parts)
         if tensor.ndim == target[name].ndim + 2 and tensor.shape[-2:] == (1, 1):
@@ -188,63 +159,6 @@ def fit(module: nn.Module, pieces: Pieces, state: Mapping[str, Tensor], path: st
     report.missing = [key for key in target if key not in loaded and not key.endswith(skip)]
     report.unexpected = {key: used.get(key) or reason(key) for key in state if used.get(key) != ""}
     return report
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file or Hugging Face folder by name, without DataParallel's `module.`.
-
-    Errors: UserError for a missing, unreadable or unsafe file, and for one without tensors.
-    """
-    if path.is_dir():
-        state: dict[str, Any] = {}
-        for file in folder_files(path):
-            state |= read_state(file)
-        return state
-    if not path.is_file():
-        raise UserError(f"backbone.weights: no file or folder {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and is not opened: save its state_dict alone where it comes from"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): is it complete?") from error
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = (
-        {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    )
-    if not tensors:
-        raise UserError(f"{path} holds no named tensors")
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
-
-
-def folder_files(folder: Path) -> list[Path]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            shards = json.loads(index.read_text())["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    raise UserError(f"backbone.weights: {folder} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def official_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The released ProtoSeg HRNet-W48's tensors under our names, and the rest with the reason."""
-    found = translate(OFFICIAL_RULES, state)
-    used = {source for pieces in found.values() for source, _ in pieces}
-    left = {key: reason(key) for key in state if key not in used}
-    for key in left:
-        twin = key.replace("proj_head.mlp2.", "proj_head.proj.")
-        if twin != key and twin in state and torch.equal(state[key], state[twin]):
-            left[key] = f"stored twice, equal to {twin}"
-    return {name: join(pieces) for name, pieces in found.items()}, left
 
 
 def timm_state(backbone: Backbone, name: str) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
-"""Checkpoints are written here with the names the other programs use, listed independently of the rules."""
+"""Backbone weights: files with other programs' names and shapes, tensors compared one by one."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -11,117 +10,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from foreign import assert_all_loaded, hf_config, mit_checkpoint, mit_names, randomise, tiny_mit
 from torch import Tensor, nn
 
 from protoseg import weights
-from protoseg.backbones import Backbone, build_backbone
+from protoseg.backbones import build_backbone
 from protoseg.config import UserError
-from protoseg.heads import build_decode_head
-from protoseg.mit import MixTransformer
-from protoseg.weights import load_backbone_weights, load_segmenter_weights, official_state, read_state
-
-DIMS = (8, 16, 40, 64)
-
-
-def tiny_mit(depths: tuple[int, ...] = (1, 2, 1, 1)) -> Backbone:
-    return Backbone(MixTransformer(DIMS, depths))
-
-
-def randomise(module: nn.Module) -> dict[str, Tensor]:
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.is_floating_point():
-            nn.init.uniform_(tensor, 0.1, 1.0)
-    return module.state_dict()
-
-
-def both(prefix: str, theirs: str, ours: str) -> dict[str, str]:
-    return {f"{prefix}{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
-
-
-def mit_names(style: str) -> dict[str, str]:
-    """Every name in a checkpoint of tiny_mit → ours; brackets mark tensors that are split or joined."""
-    names: dict[str, str] = {}
-    for i, depth in enumerate((1, 2, 1, 1)):
-        embed, norm, block = {
-            "original": (f"patch_embed{i + 1}", f"norm{i + 1}", f"block{i + 1}"),
-            "hf": (f"encoder.patch_embeddings.{i}", f"encoder.layer_norm.{i}", f"encoder.block.{i}"),
-            "mmseg": (f"layers.{i}.0", f"layers.{i}.2", f"layers.{i}.1"),
-        }[style]
-        conv = {"original": "proj", "hf": "proj", "mmseg": "projection"}[style]
-        names |= both("", f"{embed}.{conv}", f"net.stages.{i}.embed")
-        embed_norm = "layer_norm" if style == "hf" else "norm"
-        names |= both("", f"{embed}.{embed_norm}", f"net.stages.{i}.embed_norm")
-        names |= both("", norm, f"net.stages.{i}.norm")
-        for j in range(depth):
-            ours = f"net.stages.{i}.blocks.{j}"
-            pairs = {
-                "original": {
-                    "norm1": "norm1",
-                    "norm2": "norm2",
-                    "attn.q": "attn.q",
-                    "attn.kv": "attn.kv",
-                    "attn.proj": "attn.proj",
-                    "mlp.fc1": "ffn.fc1",
-                    "mlp.dwconv.dwconv": "ffn.depthwise",
-                    "mlp.fc2": "ffn.fc2",
-                    "attn.sr": "attn.reduce",
-                    "attn.norm": "attn.reduce_norm",
-                },
-                "hf": {
-                    "layer_norm_1": "norm1",
-                    "layer_norm_2": "norm2",
-                    "attention.self.query": "attn.q",
-                    "attention.self.key": "attn.kv[k]",
-                    "attention.self.value": "attn.kv[v]",
-                    "attention.output.dense": "attn.proj",
-                    "mlp.dense1": "ffn.fc1",
-                    "mlp.dwconv.dwconv": "ffn.depthwise",
-                    "mlp.dense2": "ffn.fc2",
-                    "attention.self.sr": "attn.reduce",
-                    "attention.self.layer_norm": "attn.reduce_norm",
-                },
-                "mmseg": {
-                    "norm1": "norm1",
-                    "norm2": "norm2",
-                    "attn.attn.in_proj": "attn.[in]",
-                    "attn.attn.out_proj": "attn.proj",
-                    "ffn.layers.0": "ffn.fc1",
-                    "ffn.layers.1": "ffn.depthwise",
-                    "ffn.layers.4": "ffn.fc2",
-                    "attn.sr": "attn.reduce",
-                    "attn.norm": "attn.reduce_norm",
-                },
-            }[style]
-            for theirs, mine in pairs.items():
-                if i == 3 and "reduce" in mine:
-                    continue  # the last stage reduces nothing
-                names |= both(f"{block}.{j}.", theirs, f"{ours}.{mine}")
-    return {k.replace("in_proj.", "in_proj_"): v for k, v in names.items()}
-
-
-def mit_checkpoint(style: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    file = {}
-    for theirs, ours in mit_names(style).items():
-        if "[in]" in ours:
-            file[theirs] = torch.cat([state[ours.replace("[in]", "q")], state[ours.replace("[in]", "kv")]])
-        elif "[k]" in ours:
-            file[theirs] = state[ours.replace("[k]", "")].chunk(2)[0].clone()
-        elif "[v]" in ours:
-            file[theirs] = state[ours.replace("[v]", "")].chunk(2)[1].clone()
-        else:
-            file[theirs] = state[ours]
-        if style == "mmseg" and (".ffn.layers.0.w" in theirs or ".ffn.layers.4.w" in theirs):
-            file[theirs] = file[theirs][:, :, None, None]
-    return file
-
-
-def assert_all_loaded(module: nn.Module, expected: dict[str, Tensor], report: Any, extra: set[str]) -> None:
-    for key, value in module.state_dict().items():
-        if not key.endswith(("_extra_state", "num_batches_tracked")):
-            assert torch.equal(value, expected[key]), key
-            assert key in report.matched, key
-    assert report.missing == []
-    assert set(report.unexpected) == extra, report.unexpected
+from protoseg.weights import load_backbone_weights
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
@@ -151,12 +46,7 @@ def test_licence_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     torch.save(mit_checkpoint("original", tiny_mit().state_dict()), tmp_path / "mit.pth")
     reports = [load_backbone_weights(tiny_mit(), "mit_b0", str(tmp_path / "mit.pth")) for _ in range(2)]
     assert capsys.readouterr().err.count("research and evaluation only") == 1
-    assert all("research and evaluation only" in str(report) for report in reports)
-
-
-def hf_config(**options: Any) -> Any:
-    options |= {"hidden_sizes": list(DIMS), "depths": [1, 2, 1, 1], "num_attention_heads": [1, 2, 5, 8]}
-    return transformers.SegformerConfig(decoder_hidden_size=24, num_labels=5, **options)
+    assert not any("research" in str(report) for report in reports)
 
 
 def feature_maps(backbone: nn.Module, image: Tensor) -> list[Tensor]:
@@ -180,115 +70,6 @@ def test_mit_equals_hugging_face(size: tuple[int, int], tmp_path: Path) -> None:
         expected = theirs(image, output_hidden_states=True).hidden_states
     for a, b in zip(feature_maps(ours, image), expected):
         assert (a - b).abs().max() <= 1e-5
-
-
-class Whole(nn.Module):
-    """The parts of a Segmenter that hold weights."""
-
-    def __init__(self, backbone: Backbone, head: str, dim: int | None, classes: int = 5) -> None:
-        super().__init__()
-        self.backbone = backbone
-        channels, strides = backbone.channels, backbone.strides
-        self.decode_head = build_decode_head(head, channels, strides, classes, dim=dim)
-        self.classifier = nn.Conv2d(self.decode_head.dim, classes, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.classifier(self.decode_head(self.backbone(image))[0])
-
-
-def test_whole_segformer_equals_hugging_face(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    theirs = transformers.SegformerForSemanticSegmentation(hf_config())
-    theirs.train()(torch.randn(2, 3, 64, 64))  # BatchNorm's running statistics leave 0 and 1
-    theirs.eval().save_pretrained(tmp_path)
-    ours = Whole(tiny_mit(), "mlp", 24)
-    report = load_segmenter_weights(ours, "mit_b0", str(tmp_path))
-    assert (report.missing, report.unexpected) == ([], {})
-    image = torch.randn(2, 3, 65, 97)
-    with torch.no_grad():
-        assert (ours.eval()(image) - theirs(image).logits).abs().max() <= 1e-5
-
-
-def test_names_in_memory_of_transformers_5(tmp_path: Path) -> None:
-    theirs = transformers.SegformerForSemanticSegmentation(hf_config())
-    torch.save(theirs.state_dict(), tmp_path / "memory.pth")
-    ours = Whole(tiny_mit(), "mlp", 24)
-    report = load_segmenter_weights(ours, "mit_b0", str(tmp_path / "memory.pth"))
-    assert (report.missing, report.unexpected) == ([], {})
-
-
-def conv_bn(theirs: str, ours: str) -> dict[str, str]:
-    names = {f"{theirs}.conv.weight": f"{ours}.0.weight"}
-    return names | {
-        f"{theirs}.bn.{kind}": f"{ours}.1.{kind}"
-        for kind in ("weight", "bias", "running_mean", "running_var")
-    }
-
-
-def head_names(head: str) -> dict[str, str]:
-    """mmsegmentation's names of a decode head, or the original SegFormer's → ours."""
-    auxiliary = conv_bn("auxiliary_head.convs.0", "decode_head.auxiliary.conv")
-    auxiliary |= both("", "auxiliary_head.conv_seg", "decode_head.auxiliary.classifier")
-    last = both("", "decode_head.conv_seg", "classifier")
-    if head == "mlp":
-        names = {"decode_head.linear_fuse.conv.weight": "decode_head.fuse.0.weight"}
-        for kind in ("weight", "bias", "running_mean", "running_var"):
-            names[f"decode_head.linear_fuse.bn.{kind}"] = f"decode_head.fuse.1.{kind}"
-        for i in range(4):
-            names |= both("", f"decode_head.linear_c{i + 1}.proj", f"decode_head.linears.{i}")
-        return names | both("", "decode_head.linear_pred", "classifier")
-    if head == "mlp_branch":
-        branches = [conv_bn(f"decode_head.convs.{i}", f"decode_head.branches.{i}") for i in range(4)]
-        names = conv_bn("decode_head.fusion_conv", "decode_head.fuse")
-        return names | {k: v for branch in branches for k, v in branch.items()} | last
-    if head == "fcn":
-        convs = conv_bn("decode_head.convs.0", "decode_head.convs.0")
-        convs |= conv_bn("decode_head.convs.1", "decode_head.convs.1")
-        return convs | conv_bn("decode_head.conv_cat", "decode_head.fuse") | auxiliary | last
-    if head == "hrnet":
-        return conv_bn("decode_head.convs.0", "decode_head.fuse") | last
-    if head == "aspp":
-        names = conv_bn("decode_head.image_pool.1", "decode_head.image_mean")
-        for i in range(4):
-            names |= conv_bn(f"decode_head.aspp_modules.{i}", f"decode_head.branches.{i}")
-        return names | conv_bn("decode_head.bottleneck", "decode_head.fuse") | auxiliary | last
-    block = "decode_head.1.object_context_block"
-    names = conv_bn("decode_head.0.convs.0", "decode_head.coarse.conv")
-    names |= both("", "decode_head.0.conv_seg", "decode_head.coarse.classifier")
-    names |= conv_bn("decode_head.1.bottleneck", "decode_head.pixels")
-    for i in range(2):
-        names |= conv_bn(f"{block}.query_project.{i}", f"decode_head.query.{i}")
-        names |= conv_bn(f"{block}.key_project.{i}", f"decode_head.key.{i}")
-    names |= conv_bn(f"{block}.value_project", "decode_head.value")
-    names |= conv_bn(f"{block}.out_project", "decode_head.context")
-    names |= conv_bn(f"{block}.bottleneck", "decode_head.fuse")
-    return names | both("", "decode_head.1.conv_seg", "classifier")
-
-
-@pytest.mark.parametrize("head", ["mlp", "mlp_branch", "fcn", "hrnet", "aspp", "ocr"])
-def test_whole_segmenters_of_mmsegmentation_and_the_original(head: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    style = "original" if head == "mlp" else "mmseg"
-    source, target = (Whole(tiny_mit(), head, 12) for _ in range(2))
-    expected = randomise(source)
-    inner = {k.removeprefix("backbone."): v for k, v in expected.items() if k.startswith("backbone.")}
-    file = {f"backbone.{k}": v for k, v in mit_checkpoint(style, inner).items()}
-    file |= {theirs: expected[ours] for theirs, ours in head_names(head).items()}
-    file |= {"some.buffer": torch.zeros(1)}
-    torch.save({"meta": {"CLASSES": ["a"]}, "state_dict": file}, tmp_path / "whole.pth")
-    report = load_segmenter_weights(target, "mit_b0", str(tmp_path / "whole.pth"))
-    assert_all_loaded(target, expected, report, {"some.buffer"})
-    assert report.unexpected == {"some.buffer": "no tensor of this name here"}
-
-
-def test_mmsegmentation_segformer_on_our_head_says_which_head_it_needs(tmp_path: Path) -> None:
-    source = Whole(tiny_mit(), "mlp_branch", 12)
-    file = {f"backbone.{k}": v for k, v in mit_checkpoint("mmseg", source.backbone.state_dict()).items()}
-    file |= {theirs: source.state_dict()[ours] for theirs, ours in head_names("mlp_branch").items()}
-    torch.save(file, tmp_path / "whole.pth")
-    report = load_segmenter_weights(Whole(tiny_mit(), "mlp", 12), "mit_b0", str(tmp_path / "whole.pth"))
-    assert "needs decode_head.name mlp_branch" in str(report)
-    assert len(report.unexpected) == len(head_names("mlp_branch"))
 
 
 def test_resnet_equals_torchvision_and_hugging_face(tmp_path: Path) -> None:
@@ -531,45 +312,3 @@ def test_what_goes_wrong_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load("folder")
-
-
-def test_official_layout(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        backbone = build_backbone("hrnet_w48")
-    keys = [key.removeprefix("net.net.") for key in backbone.state_dict()]
-    head = {
-        "cls_head.0.weight": "decode_head.conv.weight",
-        "cls_head.0.bias": "decode_head.conv.bias",
-        **{
-            f"cls_head.1.{k}": f"decode_head.norm.{k}"
-            for k in ("weight", "bias", "running_mean", "running_var")
-        },
-        **{
-            f"proj_head.proj.{i}.{k}": f"classifier.projection.{i}.{k}"
-            for i in (0, 2)
-            for k in ("weight", "bias")
-        },
-        **{f"feat_norm.{k}": f"classifier.feature_norm.{k}" for k in ("weight", "bias")},
-        **{f"mask_norm.{k}": f"classifier.norm_{k}" for k in ("weight", "bias")},
-        "prototypes": "classifier.prototypes",
-    }
-    file = {f"module.backbone.{key}": torch.randn(2) for key in keys} | {
-        f"module.{k}": torch.randn(2) for k in head
-    }
-    for i in (0, 2):
-        for kind in ("weight", "bias"):
-            file[f"module.proj_head.mlp2.{i}.{kind}"] = file[f"module.proj_head.proj.{i}.{kind}"]
-    file["module.extra"] = torch.zeros(1)
-    torch.save({"state_dict": file}, tmp_path / "official.pth")
-    state, left = official_state(read_state(tmp_path / "official.pth"))
-    expected = {f"backbone.net.net.{key}": file[f"module.backbone.{key}"] for key in keys}
-    expected |= {ours: file[f"module.{theirs}"] for theirs, ours in head.items()}
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(state[key], value), key
-    assert left == {"extra": "no tensor of this name here"} | {
-        f"proj_head.mlp2.{i}.{k}": f"stored twice, equal to proj_head.proj.{i}.{k}"
-        for i in (0, 2)
-        for k in ("weight", "bias")
-    }
