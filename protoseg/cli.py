@@ -1,9 +1,12 @@
 """The command line: `protoseg VERB …`; tools/VERB.py calls the same functions."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from protoseg import distributed
 from protoseg.commands import (
@@ -60,6 +63,10 @@ def sweep_command(arguments: Sequence[str]) -> None:
     jobs = max(len(devices), 1) if args.jobs is None else args.jobs
     if jobs < 1:
         raise UserError(f"--jobs: expected 1 or more, got {jobs}")
+    count = torch.cuda.device_count()
+    missing = [device for device in devices if device.isdecimal() and int(device) >= count]
+    if missing and "CUDA_VISIBLE_DEVICES" not in os.environ:  # which renumbers what is counted here
+        raise UserError(f"--devices: no device {missing[0]}, PyTorch sees {count}; correct it")
     launcher = (
         SlurmLauncher(out / "slurm", args.slurm) if args.launcher == "slurm" else LocalLauncher(jobs, devices)
     )

@@ -3,10 +3,12 @@
 import fcntl
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +52,7 @@ class Task:
     seed: int
     folder: Path
     command: tuple[str, ...]  # arguments of `protoseg`
+    iterations: int
     state: str = "waiting"  # waiting | running | done | failed
     job: "Job | None" = field(default=None, repr=False)
 
@@ -107,8 +110,14 @@ def load_sweep(path: Path, vary: Sequence[str], seeds: int | None) -> Sweep:
         raise UserError(f"{path}: nothing to compare; give --vary key=a,b,c or a sweep file with rows")
     if seeds is not None and seeds < 1:
         raise UserError(f"seeds: expected 1 or more, got {seeds}")
-    for row in rows:
+    for i, row in enumerate(rows):
         load_config(config, row.overrides)
+        for other in rows[:i]:
+            if slug(other.name) == slug(row.name):
+                raise UserError(
+                    f"{path}: rows {other.name!r} and {row.name!r} would share the folder {slug(row.name)};"
+                    " rename one"
+                )
     return Sweep(config, tuple(rows), seeds or 1)
 
 
@@ -133,8 +142,9 @@ def run_sweep(sweep: Sweep, out: Path, launcher: Launcher) -> list[Record]:
     failed = [task for task in tasks if task.state == "failed"]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(tasks)} runs failed, the first is {failed[0].folder}:"
-            f" {_last_line(failed[0].folder)}; the same command tries them again"
+            f"{len(failed)} of {len(tasks)} runs failed; the first, {failed[0].row.name} with seed"
+            f" {failed[0].seed}, says: {_last_line(failed[0].folder)} (log: {failed[0].folder / 'log.txt'});"
+            " the same command tries them again"
         )
     return records
 
@@ -144,14 +154,12 @@ def _tasks(sweep: Sweep, out: Path) -> list[Task]:
     tasks = []
     for seed in range(sweep.seeds):
         for row in sweep.rows:
-            folder = out / _slug(row.name) / f"seed{seed}"
+            folder = out / slug(row.name) / f"seed{seed}"
             overrides = (*row.overrides, f"train.seed={seed}")
             command = ("train", str(sweep.config), "--out", str(folder), "--resume", "auto", *overrides)
-            done = _is_finished(folder, sweep.config, overrides)
-            tasks.append(Task(row, seed, folder, command, "done" if done else "waiting"))
-    folders = {task.folder for task in tasks}
-    if len(folders) < len(tasks):
-        raise UserError("two rows of the sweep have the same name; give each its own")
+            state = "done" if _is_finished(folder, sweep.config, overrides) else "waiting"
+            iterations = load_config(sweep.config, overrides).train.iterations
+            tasks.append(Task(row, seed, folder, command, iterations, state))
     return tasks
 
 
@@ -161,20 +169,16 @@ def _run_all(tasks: list[Task], sweep: Sweep, launcher: Launcher, signals: StopS
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             for task in tasks:
-                if task.state == "waiting":
-                    task.folder.mkdir(parents=True, exist_ok=True)
-                    task.job = launcher.start(task)
-                    task.state = "running" if task.job else "waiting"
-                elif task.state == "running" and task.job and task.job.poll() is not None:
-                    finished = _is_finished(task.folder, sweep.config, task.command[6:])
-                    task.state = "done" if finished else "failed"
-                    if not console.is_terminal:
-                        print(f"{task.row.name}, seed {task.seed}: {_standing(task)}", flush=True)
+                before = task.state
+                _advance(task, sweep, launcher)
+                if task.state in {"done", "failed"} - {before} and not console.is_terminal:
+                    print(f"{task.row.name}, seed {task.seed}: {_standing(task)}", flush=True)
             if console.is_terminal:
                 live.update(_table(sweep, tasks), refresh=True)
             running = [task for task in tasks if task.state == "running"]
             if signals.number is not None:
                 jobs = [task.job for task in running if task.job]
+                print(f"stopping {len(jobs)} of {len(tasks)} runs", flush=True)
                 for job in jobs:
                     job.stop()
                 while any(job.poll() is None for job in jobs):
@@ -186,6 +190,20 @@ def _run_all(tasks: list[Task], sweep: Sweep, launcher: Launcher, signals: StopS
                 break
             time.sleep(POLL)
     console.print(_table(sweep, tasks))
+
+
+def _advance(task: Task, sweep: Sweep, launcher: Launcher) -> None:
+    """Start a run that waits, or see how a started one ended."""
+    if task.state in ("done", "failed") or (task.job is not None and task.job.poll() is None):
+        return
+    if _is_finished(task.folder, sweep.config, task.command[6:]):
+        task.state = "done"  # perhaps by a process that an earlier sweep left behind
+    elif task.job is not None:
+        task.state = "failed"
+    else:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        task.job = launcher.start(task)
+        task.state = "running" if task.job else "waiting"
 
 
 class LocalLauncher:
@@ -247,7 +265,7 @@ class SlurmLauncher:
         try:
             import submitit
         except ImportError:
-            raise UserError("--launcher slurm needs submitit; pip install 'protoseg[slurm]'") from None
+            raise UserError('--launcher slurm needs submitit: pip install -e ".[slurm]"') from None
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
             parameters = dict(option.split("=", 1) for option in options)
@@ -302,9 +320,9 @@ def _standing(task: Task) -> str:
     if task.state == "done":
         return f"mIoU {100 * read_record(task.row.name, task.seed, task.folder).values['mIoU']:.2f}"
     if task.state == "failed":
-        return f"FAILED: {task.folder / 'log.txt'}"
+        return f"failed: {_last_line(task.folder)}"
     lines = read_metrics(task.folder) if task.state == "running" else []
-    return f"step {lines[-1]['step']}" if lines else task.state
+    return f"{lines[-1]['step']}/{task.iterations}" if lines else task.state
 
 
 def _is_finished(folder: Path, config: Path, overrides: Sequence[str]) -> bool:
@@ -341,5 +359,10 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "=.-+" else "_" for c in name)
+def slug(name: str) -> str:
+    """A row's name as a folder name that no shell makes anything of: `μ = 0.9` → `mu-0.9`."""
+    letters = unicodedata.normalize("NFKD", name)
+    greek = {c: unicodedata.name(c).split()[-1] for c in letters if "\u0370" <= c <= "\u03ff"}
+    text = "".join(greek.get(c, c) for c in letters).replace("LAMDA", "LAMBDA")
+    text = re.sub(r"[^a-z0-9._+-]+", "-", text.encode("ascii", "ignore").decode().lower())
+    return re.sub(r"-\++(?=-|$)", "", text).strip("-.") or "row"  # a lone plus says nothing

@@ -2,40 +2,62 @@
 
 import builtins
 import json
+import multiprocessing
 import os
 import re
+import shlex
 import signal
 import stat
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from tiny import tiny_config, write_folder
 
 from protoseg.cli import run as command
 from protoseg.config import UserError
-from protoseg.sweep import LocalLauncher, load_sweep
+from protoseg.report import read_metrics
+from protoseg.sweep import LocalLauncher, Task, load_sweep, run_sweep, slug
 from protoseg.sweep_tables import Record, mean_sd, sweep_figure, to_csv, to_markdown
-
-TINY: dict[str, Any] = {
-    "data": {"name": "digits", "crop": [48, 48], "batch_size": 2, "workers": 0, "flip": 0},
-    "decode_head": {"dim": 8, "dropout": 0.1},
-    "prototypes": {"num_per_class": 2, "revive_after": 0},
-    "train": {"iterations": 3, "log_interval": 1},
-    "eval": {"samples": 0},
-    "checkpoint": {"interval": 1},
-}
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
+    """A run of three steps on three pictures."""
+    write_folder(tmp_path / "data")
+    values = tiny_config(
+        tmp_path / "data",
+        backbone={"name": "timm:test_efficientnet"},  # 82,300 parameters
+        decode_head={"dim": 8, "dropout": 0.1},
+        prototypes={"num_per_class": 2, "revive_after": 0},
+        train={"iterations": 3, "log_interval": 1},
+        eval={"samples": 0},
+        checkpoint={"interval": 2},
+    )
+    values["data"] |= {"crop": [32, 32], "batch_size": 2}
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
+    path.write_text(yaml.safe_dump(values))
     return path
+
+
+class InThisProcess:
+    """A launcher without the seconds that a process takes to start; the commands are the same."""
+
+    def start(self, task: Task) -> "InThisProcess":
+        assert command(task.command[0], task.command[1:]) == 0
+        return self
+
+    def poll(self) -> int:
+        return 0
+
+    def stop(self) -> None:
+        raise AssertionError("it has ended")
 
 
 def timeless(table: str) -> list[list[str]]:
@@ -45,45 +67,63 @@ def timeless(table: str) -> list[list[str]]:
     return [cells[:gone] + cells[gone + 1 :] for cells in split]
 
 
-def test_killed_sweep_goes_on_and_ends_with_the_same_table(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def forked_sweep(arguments: list[str]) -> multiprocessing.process.BaseProcess:
+    """The command in a fork, which starts at once; its runs are processes of their own, as always."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=lambda: sys.exit(command("sweep", arguments)))
+    process.start()
+    return process
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sums depend on the number of threads, and so would the tables."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_sweep_goes_on_and_ends_with_the_same_table(config: Path, tmp_path: Path) -> None:
     """The sweep and its run are killed; then the sweep alone, whose run works on and is waited for."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums depend on the number of threads, and so would the table
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    arguments = [str(config), "--vary", "prototypes.num_per_class=1,2", "--seeds", "2"]
-    assert command("sweep", [*arguments, "--out", str(straight), "--jobs", "2"]) == 0
+    arguments = [str(config), "--vary", "train.iterations=25", "--seeds", "2"]
+    sweep = load_sweep(config, ["train.iterations=25"], 2)
+    run_sweep(sweep, straight, InThisProcess())
+    folder = broken / "iterations-25/seed0"
 
     def start_and_kill(with_run: bool) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "protoseg.cli", "sweep", *arguments, "--out", str(broken)]
-        )
-        folder = broken / "num_per_class=1/seed0"
+        process = forked_sweep([*arguments, "--out", str(broken)])
         deadline = time.time() + 300
-        while not (holders(folder / "lock") and (folder / "metrics.jsonl").exists()):
+        while not (holders(folder / "lock") and read_metrics(folder)):
             assert time.time() < deadline, "the first run never started"
-            time.sleep(0.05)
+            time.sleep(0.02)
         process.kill()
-        process.wait()
+        process.join()
         if with_run:
             for pid in holders(folder / "lock"):
                 os.kill(pid, signal.SIGKILL)
 
     start_and_kill(with_run=True)
-    assert not (broken / "results.csv").exists()
+    assert 1 <= read_metrics(folder)[-1]["step"] < 25, "killed half-way"
+    assert not (folder / "results.json").exists()
     start_and_kill(with_run=False)
-    done = straight / "num_per_class=2/seed1/results.json"
-    before = done.stat().st_mtime_ns
+    assert not (broken / "results.csv").exists()
     assert command("sweep", [*arguments, "--out", str(broken)]) == 0
+    assert (folder / "log.txt").read_text().count("going on at step") <= 2
+    done = straight / "iterations-25/seed1/results.json"
+    before = done.stat().st_mtime_ns
     assert command("sweep", [*arguments, "--out", str(straight)]) == 0
     assert done.stat().st_mtime_ns == before, "a finished run was run again"
     for name in ("results.csv", "results.md"):
         assert timeless((broken / name).read_text()) == timeless((straight / name).read_text())
     assert (broken / "results.png").stat().st_size > 5000
-    scores = [json.loads(p.read_text())["mIoU"] for p in sorted(straight.glob("*=1/*/results.json"))]
+    scores = [json.loads(p.read_text())["mIoU"] for p in straight.glob("*/*/results.json")]
     assert len(scores) == 2
     mean, sd = 100 * statistics.mean(scores), 100 * statistics.stdev(scores)
-    assert f"| num_per_class=1 | {mean:.1f} ± {sd:.1f} |" in (straight / "results.md").read_text()
+    assert f"| iterations=25 | {mean:.1f} ± {sd:.1f} |" in (straight / "results.md").read_text()
 
 
 def holders(lock: Path) -> list[int]:
@@ -98,21 +138,22 @@ def holders(lock: Path) -> list[int]:
     return found
 
 
-def test_interrupt_lets_the_runs_write_their_checkpoints(config: Path, tmp_path: Path) -> None:
+def test_interrupt_lets_the_runs_write_their_checkpoints(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     long = ["--vary", "train.iterations=5000", "--vary", "checkpoint.interval=5000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "protoseg.cli", "sweep", str(config), "--out", str(out), *long],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.time() + 60
-    while not list(out.glob("*/*/metrics.jsonl")) and time.time() < deadline:
+    process = forked_sweep([str(config), "--out", str(out), *long])
+    deadline = time.time() + 300
+    while not any(read_metrics(folder) for folder in out.glob("*/*")):
+        assert time.time() < deadline, "the run never started"
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT, text
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(timeout=60)
+    text = capfd.readouterr().out
+    assert process.exitcode == 128 + signal.SIGINT, text
+    assert "stopping 1 of 1 runs" in text
     assert "the same command goes on" in text
     assert len(list(out.glob("*/*/last.pt"))) == 1
 
@@ -124,8 +165,9 @@ def test_a_failed_run_is_named_and_the_others_count(
     assert command("sweep", [*arguments, "--out", str(tmp_path / "out"), "--jobs", "2"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "1 of 2 runs failed" in message
-    assert "no split 'nowhere'" in message
+    assert "1 of 2 runs failed; the first, classifier=linear, val_split=nowhere with seed 0" in message
+    assert str(tmp_path / "out/classifier-linear-val_split-nowhere/seed0/log.txt") in message
+    assert "images/nowhere does not exist" in message
     table = (tmp_path / "out/results.md").read_text().splitlines()
     assert "| – |" in table[2], "a linear classifier has no effective K"
     assert table[3].startswith("| classifier=linear, val_split=nowhere | – |")
@@ -134,6 +176,37 @@ def test_a_failed_run_is_named_and_the_others_count(
 def test_devices_are_shared_out(config: Path, tmp_path: Path) -> None:
     launcher = LocalLauncher(3, ["4", "7"])
     assert launcher.free == ["4", "7", "4"]
+
+
+def test_a_device_that_is_not_there(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    arguments = [str(config), "--vary", "loss.ppc=0", "--out", str(tmp_path / "out"), "--devices", "0,99"]
+    assert command("sweep", arguments) == 2
+    message = capsys.readouterr().err
+    assert re.match(r"error: --devices: no device \d+, PyTorch sees \d+; correct it\n", message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("CE + PPC + PPD", "ce-ppc-ppd"),
+        ("μ = 0.9", "mu-0.9"),
+        ("µ=1 (fixed)", "mu-1-fixed"),  # the micro sign, another letter
+        ("lr=1e+3", "lr-1e+3"),
+        ("lr=1e-3", "lr-1e-3"),
+        ("lr=-1", "lr--1"),
+        ("num_per_class=1, crop=[192, 256]", "num_per_class-1-crop-192-256"),
+        ("λ: ../../x $HOME", "lambda-..-..-x-home"),
+        ("../up", "up"),
+        ("中", "row"),
+    ],
+)
+def test_folder_names_need_no_quotes(name: str, folder: str) -> None:
+    assert slug(name) == folder
+    assert shlex.quote(folder) == folder
 
 
 def test_grid_rows_and_overrides(config: Path, tmp_path: Path) -> None:
@@ -173,6 +246,7 @@ def test_presets_load(path: Path) -> None:
         ("config: gone.yaml\nrows: {a: {}}", [], "cannot read the config"),
         ("config: tiny.yaml", ["loss.ppc"], "expected key=a,b,c"),
         ("config: [", [], "not valid YAML"),
+        ("config: tiny.yaml\nrows: {K=1: {}, k 1: {}}", [], "'K=1' and 'k 1' would share the folder k-1"),
     ],
 )
 def test_mistakes(config: Path, tmp_path: Path, content: str, vary: list[str], message: str) -> None:
@@ -239,7 +313,7 @@ def test_slurm_without_submitit_is_one_line(
     monkeypatch.setattr(builtins, "__import__", no_submitit)
     arguments = [str(config), "--vary", "loss.ppc=0", "--launcher", "slurm", "--out", str(tmp_path / "out")]
     assert command("sweep", arguments) == 2
-    assert "pip install 'protoseg[slurm]'" in capsys.readouterr().err
+    assert capsys.readouterr().err == 'error: --launcher slurm needs submitit: pip install -e ".[slurm]"\n'
 
 
 SBATCH = """#!/bin/sh
@@ -273,7 +347,7 @@ def test_slurm_runs_the_same_command(
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     arguments = [str(config), "--vary", "train.iterations=1", "--out", str(tmp_path / "out")]
     assert command("sweep", [*arguments, "--launcher", "slurm", "--slurm", "timeout_min=5"]) == 0
-    assert (tmp_path / "out/iterations=1/seed0/results.json").is_file()
+    assert (tmp_path / "out/iterations-1/seed0/results.json").is_file()
     assert list((tmp_path / "out/slurm").glob("*submission.sh"))
     assert command("sweep", [*arguments, "--launcher", "slurm", "--slurm", "colour=blue"]) == 2
     assert "colour" in capsys.readouterr().err
