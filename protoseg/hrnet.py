@@ -1,7 +1,8 @@
 """HRNetV2 (arXiv 1908.07919) on timm's modules, with the fusion that segmentation networks use.
 
 timm brings a coarser branch to a finer one by nearest neighbour and a fixed factor: other values than the
-original's, and an error at sizes not divisible by 32. Here it is bilinear to the exact size.
+original's, and an error at sizes not divisible by 32. Here it is bilinear to the exact size, as there.
+(mmsegmentation goes by the fixed factor first, then to size: the same where 32 divides the size.)
 """
 
 from functools import partial
