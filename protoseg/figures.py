@@ -271,8 +271,9 @@ def health_figure(lines: Sequence[dict[str, Any]]) -> Figure:
 
     figure = Figure(figsize=(7.0, 1.9), layout="constrained", dpi=DPI)
     for axes, (key, title) in zip(figure.subplots(1, 4), titles.items()):
-        steps = [line["step"] for line in lines]
         values = np.array([line["prototype_health"][key] for line in lines], dtype=np.float64)
+        known = ~np.isnan(values).all(1)
+        values, steps = values[known], np.array([line["step"] for line in lines])[known]
         axes.fill_between(
             steps, np.nanmin(values, 1), np.nanmax(values, 1), color="#0072b2", alpha=0.2, linewidth=0
         )
@@ -287,7 +288,7 @@ def health_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         )
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("step", fontsize=7)
-        axes.set_ylim(0, max(1.0, float(np.nanmax(values))) * 1.05 if key == "dead" else None)
+        axes.set_ylim(0, 1.05 * np.nanmax(values, initial=1.0) if key == "dead" else None)
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _plain(axes)
