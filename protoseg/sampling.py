@@ -36,7 +36,7 @@ def select_anchors(
     if sampler == "random":
         return groups.first(per_class)
     # The keys put the pixels of a class in a uniform random order. Its first pixels are the random half; of
-    # the others the wrong ones go first, and otherwise they keep their order: so each pixel gets its new place.
+    # the others the wrong ones go first, and otherwise they keep their order. So each pixel has a new place.
     order_N, start_G = groups
     class_N, wrong_N = class_N.index_select(0, order_N), wrong_N.index_select(0, order_N)
     half = per_class - per_class // 2
