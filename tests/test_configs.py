@@ -1,0 +1,85 @@
+"""Every shipped config parses, builds the model it names, and the small ones take a step."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from protoseg.config import load_config
+from protoseg.data.datasets import dataset_spec
+from protoseg.data.loader import Batch
+from protoseg.model import build_model
+from protoseg.step import build_run, train_step
+
+RUNS = sorted(path for path in Path("configs").rglob("*.yaml") if "sweeps" not in path.parts)
+SMALL = [path for path in RUNS if path.stem.startswith(("digits", "camvid"))]
+
+
+class Known(NamedTuple):
+    """Learnable numbers of a model with prototypes: `shared` + `per_class` · C (the auxiliary classifier)."""
+
+    shared: int
+    dim: int  # with a linear classifier (dim + 1) · C more
+    per_class: int = 0
+
+
+# From the table of the papers' models, counted there with 150 classes.
+KNOWN = {
+    ("resnet101c", "fcn"): Known(68_513_782 - 150 * 257, 512, 257),
+    ("resnet101c", "aspp"): Known(87_206_028 - 150 * (513 + 257), 512, 257),
+    ("resnet101c", "ocr"): Known(55_617_164 - 150 * (513 + 257), 512, 257),
+    ("hrnet_w48", "hrnet"): Known(65_844_960, 720),
+    ("hrnet_w48", "ocr"): Known(70_533_100 - 150 * (513 + 721), 512, 721),
+    ("swin_b", "mlp"): Known(90_583_480, 768),
+    ("mit_b4", "mlp"): Known(63_993_024, 768),
+    ("mit_b0", "mlp"): Known(3_752_694 - 150 * 257, 256),
+    ("resnet18", "mlp"): Known(11_365_696, 128),
+    # HRNet without its head, a 3×3 convolution and norm, the projection, a norm, LayerNorm over classes.
+    ("hrnet_w48", "official"): Known(
+        (65_844_960 - 720 * 722) + 720 * (9 * 720 + 3) + 2 * 720 * 721 + 2 * 720, 720, 2
+    ),
+}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_config_builds_the_model_of_the_table(path: Path) -> None:
+    config = load_config(path)
+    with torch.device("meta"):
+        model = build_model(config)
+    linear = config.classifier == "linear"
+    assert linear == ("_linear" in path.stem) == (model.prototypes is None)
+    known = KNOWN[config.backbone.name, config.decode_head.name]
+    classes = len(config.data.classes or dataset_spec(config.data.name).classes)
+    expected = known.shared + classes * known.per_class + linear * classes * (known.dim + 1)
+    assert model.num_parameters == expected
+
+
+def test_linear_and_k10_configs_differ_in_the_classifier_alone() -> None:
+    pairs = [(path, path.with_stem(path.stem[:-3] + "linear")) for path in RUNS if path.stem.endswith("_k10")]
+    assert len(pairs) == 14
+    for pair in pairs:
+        values = [yaml.safe_load(path.read_text()) for path in pair]
+        for each in values:
+            each.pop("prototypes", None), each.pop("classifier", None)
+        assert values[0] == values[1], pair
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_small_config_takes_a_step(path: Path) -> None:
+    config = load_config(path, ["data.batch_size=2", "train.precision=fp32", "contrast.cap_mb=8"])
+    spec = dataset_spec(config.data.name, config.data.classes)
+    run = build_run(config, spec.classes, spec.palette, 4, torch.device("cpu"))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    label = torch.arange(4).repeat_interleave(16).repeat(2, 64, 1)
+    values = train_step(run, Batch(image, label, torch.arange(2)))
+    assert math.isfinite(values["loss"])
+    assert values["loss"] > 0
+    still = {name for name, p in run.model.named_parameters() if torch.equal(p, before[name])}
+    # ResNets start with blocks that change nothing: some of their norms see no gradient yet.
+    assert all("bn" in name for name in still), still
+    if run.model.prototypes is not None:
+        assert run.model.prototypes.initialized.tolist() == [c < 4 for c in range(len(spec.classes))]
