@@ -151,7 +151,8 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
         run.model.prototypes.update_(*[output.prototypes for output in outputs if output.prototypes])
     if run.contrast is not None:
         labels = torch.cat([output.contrast.labels for output in outputs if output.contrast])
-        run.contrast.enqueue_(torch.cat(projected), labels, torch.cat([p.index for p in micro]), run.step)
+        rows = projected[0] if len(projected) == 1 else torch.cat(projected)  # a map is large: no copy of one
+        run.contrast.enqueue_(rows, labels, torch.cat([p.index for p in micro]), run.step)
         run.empty_steps += int(values["contrast_empty"] > 0)
     run.step += 1
     return values
