@@ -130,9 +130,9 @@ def table(head: str, rows: dict[str, list[tuple[float, float]]]) -> str:
     for name, seeds in rows.items():
         cells = []
         for values in zip(*seeds):
-            mean = statistics.mean(values)
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append("–" if mean != mean else f"{mean:.1f}{spread}")
+            known = [value for value in values if value == value]
+            spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+            cells.append(f"{statistics.mean(known):.1f}{spread}" if known else "–")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
