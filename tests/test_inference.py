@@ -1,5 +1,7 @@
 """Windows, scales, mirroring and banded upsampling against the plain computation."""
 
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -164,6 +166,30 @@ def test_large_vocabularies_never_stand_at_full_resolution(monkeypatch: pytest.M
     classes, _ = most_likely([logits], (128, 256))
     assert classes.shape == (128, 256)
     assert max(held) <= inference.BAND_ELEMENTS["cpu"] < 847 * 128 * 256 / 10
+
+
+def test_memory_of_a_large_vocabulary() -> None:
+    """847 classes of 10 prototypes at 512 x 512: one map of logits takes 0.06 GB, at full size 0.9 GB, and
+    all similarities 0.6 GB. A process of its own, since only a process has a peak.
+    """
+    program = """
+import resource, torch
+from protoseg.config import config_from
+from protoseg.inference import Protocol, segment
+from protoseg.model import build_model
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+torch.set_num_threads(1)
+values = {"decode_head": {"dim": 8}, "prototypes": {"start": "random"}}
+model = build_model(config_from(values, "test"), 847).eval()
+segment(model, torch.zeros(3, 64, 64, dtype=torch.uint8), confidence=True)
+before = peak()
+segment(model, torch.zeros(3, 512, 512, dtype=torch.uint8), confidence=True)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", "import sys" + program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.3, f"{float(done.stdout):.2f} GB"
 
 
 def test_several_scales_are_averaged(model: Segmenter) -> None:
