@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
+from tiny import CLASSES, PALETTE, write_folder
 from torch import nn
 from torchvision.io import write_png
 
@@ -25,16 +26,25 @@ from protoseg.data.loader import Batch
 from protoseg.step import NonFiniteLoss, build_run, train_step
 from protoseg.trainer import open_dataset, train
 
+DATA = {"name": "folder", "classes": CLASSES, "palette": PALETTE}
 TINY: dict[str, Any] = {
-    "data": {"name": "digits", "crop": [32, 32], "batch_size": 2, "workers": 0, "flip": 0},
-    "backbone": {"name": "resnet18"},
+    "data": DATA | {"crop": [32, 32], "batch_size": 2, "workers": 0, "flip": 0},
+    "backbone": {"name": "timm:test_efficientnet"},  # 82,300 parameters
     "decode_head": {"dim": 16, "dropout": 0.1},
     "prototypes": {"num_per_class": 2, "revive_after": 25},
     "optim": {"name": "adamw", "lr": 1e-3},
     "train": {"iterations": 4, "log_interval": 10},
-    "eval": {"interval": 60, "samples": 1},
-    "checkpoint": {"interval": 60},
+    "eval": {"interval": 40, "samples": 1},
+    "checkpoint": {"interval": 40},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Three pictures for training and three for validation."""
+    root = tmp_path_factory.mktemp("data")
+    write_folder(root)
+    TINY["data"]["root"] = str(root)
 
 
 def write_config(tmp_path: Path) -> Path:
@@ -77,18 +87,19 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     config = str(write_config(tmp_path))
-    arguments = ["train.iterations=120", "train.seed=3"]
+    arguments = ["train.iterations=100", "train.seed=3"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    whole = run_cli(["train", config, "--out", str(straight), *arguments])
     first = run_cli(["train", config, "--out", str(broken), *arguments])
-    wait_for_step(broken, 80, first)
+    whole = run_cli(["train", config, "--out", str(straight), *arguments])
+    wait_for_step(broken, 50, first)
     first.send_signal(signal.SIGKILL)
     first.wait()
+    assert not (broken / "results.json").exists(), "killed half-way"
     again = run_cli(["train", config, "--out", str(broken), "--resume", "auto", *arguments])
     for process in (whole, again):
         text = process.communicate(timeout=240)[0]
         assert process.returncode == 0, text
-    assert "going on at step 60" in text
+    assert "going on at step 40" in text
     a, b = load_checkpoint(straight / "last.pt"), load_checkpoint(broken / "last.pt")
     assert a["model"].keys() == b["model"].keys()
     for name in a["model"]:
@@ -205,14 +216,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_folder_holds_what_design_lists(trained: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "last.pt", "best.pt", "results.json", "curves.png"):
         assert (trained / name).is_file(), name
-    assert "background\t2\t" in (trained / "tensorboard/prototypes/metadata.tsv").read_text()
+    assert "tree\t2\t" in (trained / "tensorboard/prototypes/metadata.tsv").read_text()
     assert list((trained / "samples").glob("*.png"))
     results = json.loads((trained / "results.json").read_text())
     for key in ("mIoU", "aAcc", "mAcc", "IoU", "seconds", "images_per_second", "peak_memory_gb", "versions"):
         assert key in results
     assert 0 <= results["mIoU"] <= 1
-    assert len(results["prototype_health"]["mean_intra_cosine"]) == 11
-    assert len(results["prototype_health"]["effective_k"]) == 11
+    assert len(results["prototype_health"]["mean_intra_cosine"]) == 3
+    assert len(results["prototype_health"]["effective_k"]) == 3
     assert not list(trained.rglob("*.tmp"))
 
 
@@ -287,7 +298,7 @@ def test_missing_dataset_names_folder_and_source(tmp_path: Path, capsys: pytest.
 
 
 def test_class_weights_must_fit(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss.class_weights: 2 weights for 11 classes"):
+    with pytest.raises(UserError, match=r"loss.class_weights: 2 weights for 3 classes"):
         train(tiny(loss={"class_weights": [1, 2]}), tmp_path / "o")
 
 
