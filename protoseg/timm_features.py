@@ -34,7 +34,8 @@ class TimmFeatures(nn.Module):
             raise UserError(f"backbone.name: timm has no model {name!r}{hint}")
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         with torch.device("meta"):
-            options |= size_options(name, options)
+            any_size = size_options(name, options)
+            options |= any_size
             probe: Any = timm.create_model(name, features_only=True, **options)
         strides = [info["reduction"] for info in probe.feature_info.info]
         plain = len(set(strides)) == 1
@@ -49,29 +50,44 @@ class TimmFeatures(nn.Module):
         self.channels = list(net.feature_info.channels())
         self.net = net
         self.strides = [strides[i] for i in taps]
-        self.cell = max(self.strides)
         self.pyramid = PlainPyramid(self.channels) if plain else None
-        self.check_sizes(name)
+        self.cell = self.find_cell(name, any_size=bool(any_size))
         if self.pyramid is not None:
             self.channels, self.strides = self.pyramid.channels, self.pyramid.strides
 
-    def check_sizes(self, name: str) -> None:
-        """One forward of a small oblong image: a network of fixed size is found out now, not in training."""
-        image = torch.zeros(1, 3, 2 * self.cell, 3 * self.cell)
-        expected = [
-            (1, c, 2 * self.cell // s, 3 * self.cell // s) for c, s in zip(self.channels, self.strides)
-        ]
+    def find_cell(self, name: str, any_size: bool) -> int:
+        """Image sizes are padded to a multiple of this: the largest stride, or the size timm trained with.
+
+        The latter for networks whose maps must be whole windows. One of fixed size is found out now, not in
+        training; without a setting for any size it must take more than it was trained with, too.
+        """
+        config = self.net.pretrained_cfg
+        stride = max(self.strides)
+        trained = -(-config["input_size"][-1] // stride) * stride
+        problem = self.problem_at(stride)
+        if problem is None and config["fixed_input_size"] and not any_size:
+            problem = self.problem_at(trained)
+        if problem is None:
+            return stride
+        if self.problem_at(trained) is None:
+            return trained
+        raise UserError(
+            f"backbone.name timm:{name} does not take images of any size ({problem}); choose another"
+        )
+
+    def problem_at(self, cell: int) -> str | None:
+        """What is wrong with the maps of an image of cell × 2·cell pixels, if anything."""
+        expected = [(c, cell // s, 2 * cell // s) for c, s in zip(self.channels, self.strides)]
         training = self.training
         try:
             with torch.no_grad():
-                got = [tuple(x.shape) for x in self.eval().features(image)]
-        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-            raise UserError(
-                f"backbone.name timm:{name} does not take images of any size ({error})"
-            ) from error
-        self.train(training)
-        if got != expected:
-            raise UserError(f"backbone.name timm:{name} gives maps {got} where {expected} were expected")
+                maps = self.eval().features(torch.zeros(1, 3, cell, 2 * cell))
+        except (AssertionError, IndexError, RuntimeError, ValueError, TypeError) as error:
+            return str(error) or type(error).__name__
+        finally:
+            self.train(training)
+        got = [tuple(x.shape[1:]) for x in maps]
+        return None if got == expected else f"maps {got} where {expected} were expected"
 
     def features(self, image: Tensor) -> list[Tensor]:
         maps = self.net(image)

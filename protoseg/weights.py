@@ -6,6 +6,7 @@ accounted for: loaded, missing in the file, or left over with a reason. A wrong 
 
 import functools
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -168,40 +169,61 @@ def timm_state(backbone: Backbone, name: str) -> dict[str, Tensor]:
     return timm_pretrained(SWINS.get(name, name), {}).state_dict()
 
 
-def timm_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
+def timm_pretrained(name: str, options: dict[str, Any], path: str = "timm") -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"backbone.weights: timm cannot give weights for {name} ({first}); give a path"
-        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        lines = [line.strip() for line in str(error).strip().split("\n")]
+        if path == "timm":
+            raise UserError(
+                f"backbone.weights: timm cannot give weights for {name} ({lines[0]}); give a path"
+            ) from error
+        # What a network's translation of foreign names stumbles over can be of any kind.
+        said = next((line for line in lines if "mismatch" in line), f"{type(error).__name__} {lines[0]}")
+        raise UserError(f"{path} does not fit {name} ({said}): it is of another architecture") from error
 
 
 def load_timm_features(net: TimmFeatures, name: str, weights: str) -> Report:
     """timm's own loader, which knows each network's foreign formats; what it left out, from its log."""
+    name = name.removeprefix("timm:")
+    state = {} if weights == "timm" else read_state(Path(weights))
     options: dict[str, Any] = dict(net.options)
-    if weights != "timm":
-        options["pretrained_cfg_overlay"] = {"state_dict": read_state(Path(weights))}
+    if state:
+        options["pretrained_cfg_overlay"] = {"state_dict": state}
     said = Collector(logging.INFO)
     logger = logging.getLogger("timm.models._builder")
     level = logger.level
     logger.addHandler(said)
     logger.setLevel(logging.INFO)
     try:
-        loaded: Any = timm_pretrained(name.removeprefix("timm:"), options)
+        loaded: Any = timm_pretrained(name, options, weights)
     finally:
         logger.removeHandler(said)
         logger.setLevel(level)
+    report = Report(weights, "timm")
+    ours = {plain(key): key for key in net.net.state_dict()}
+    missing = {plain(key) for key in said.names("Missing")}
+    for bare, key in ours.items():
+        (report.missing if bare in missing else report.matched).append(key)
+    if not report.matched:
+        raise UserError(f"none of the {len(state)} tensors of {weights} belongs to {name}: check both")
+    theirs = {plain(key): key for key in state}
+    unused = said.names("Unexpected")
+    if len(ours.keys() & theirs.keys()) > len(ours) / 2:  # the file has timm's names
+        unused += [key for bare, key in theirs.items() if bare not in ours]
+    report.unexpected = {key: reason(key) for key in unused}
     net.net.load_state_dict(loaded.state_dict())
-    report = Report(weights, "timm", matched=list(loaded.state_dict()))
-    report.notes = [line for line in said.lines if "keys" in line]
     config = loaded.pretrained_cfg
     if (tuple(config["mean"]), tuple(config["std"])) != IMAGENET:
         report.notes.append(
             f"trained with mean {config['mean']} and std {config['std']}, not ImageNet's used here"
         )
     return report
+
+
+def plain(key: str) -> str:
+    """A name in timm's classification network or its feature extractor, which writes stages.1 as stages_1."""
+    return re.sub("[._]", "", key.removeprefix("model."))
 
 
 class Collector(logging.Handler):
@@ -211,3 +233,8 @@ class Collector(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+    def names(self, kind: str) -> list[str]:
+        """The names in timm's line `Missing keys (a, b) …`, or Unexpected."""
+        found = (re.match(rf"{kind} keys \((.*)\)", line) for line in self.lines)
+        return [name for match in found if match for name in match[1].split(", ")]

@@ -241,7 +241,8 @@ def test_hrnet_exchange_at_odd_sizes(align_corners: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["timm:convnext_atto", "timm:vit_tiny_patch16_224", "timm:efficientnet_lite0"]
+    "name",
+    ["timm:convnext_atto", "timm:vit_tiny_patch16_224", "timm:efficientnet_lite0", "timm:halonet26t"],
 )
 def test_timm_backbones_keep_the_contract(name: str) -> None:
     backbone = build_backbone(name).train()
@@ -262,6 +263,7 @@ def test_timm_backbones_keep_the_contract(name: str) -> None:
         ("resnet19", {}, r"backbone\.name 'resnet19' is unknown"),
         ("timm:convnext_atoo", {}, r"timm has no model 'convnext_atoo'; did you mean timm:convnext_atto\?"),
         ("timm:beit_base_patch16_224", {}, r"does not take images of any size"),
+        ("timm:inception_v3", {}, r"does not take images of any size \(.*\); choose another"),
         ("timm:vgg11", {"drop_path": 0.1}, r"does not take \{'drop_path_rate': 0\.1\}"),
         ("mit_b0", {"output_stride": 8}, r"output_stride 8 needs a ResNet"),
         ("resnet18", {"output_stride": 4}, r"output_stride 4 is not possible"),
@@ -271,3 +273,8 @@ def test_timm_backbones_keep_the_contract(name: str) -> None:
 def test_what_a_backbone_cannot_do_is_a_user_error(name: str, options: dict[str, Any], message: str) -> None:
     with torch.device("meta"), pytest.raises(UserError, match=message):
         build_backbone(name, **options)
+
+
+def test_network_that_takes_smaller_images_only_is_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"mvitv2_tiny does not take images of any size \(index 111 is out"):
+        build_backbone("timm:mvitv2_tiny")

@@ -222,13 +222,43 @@ def test_swin_equals_hugging_face(tmp_path: Path) -> None:
 
 def test_timm_features_from_a_file_and_what_timm_left_out(tmp_path: Path) -> None:
     theirs = timm.create_model("convnext_atto")
-    torch.save(theirs.state_dict() | {"strange": torch.zeros(1)}, tmp_path / "convnext.pth")
+    state = theirs.state_dict()
+    gone = "stages.1.blocks.0.conv_dw.weight"
+    file = {key: value for key, value in state.items() if key != gone}
+    torch.save(file | {"strange": torch.zeros(1)}, tmp_path / "convnext.pth")
     ours = build_backbone("timm:convnext_atto")
     report = load_backbone_weights(ours, "timm:convnext_atto", str(tmp_path / "convnext.pth"))
-    state = theirs.state_dict()
-    for key, value in ours.net.net.state_dict().items():
+    assert report is not None
+    assert report.missing == ["stages_1.blocks.0.conv_dw.weight"]
+    head = {key for key in state if key.startswith("head.")}
+    assert set(report.unexpected) == head | {"strange"}
+    assert len(report.matched) == len(state) - len(head) - 1
+    for key in report.matched:
+        value = ours.net.net.state_dict()[key]
         assert torch.equal(value, state[key.replace("stem_", "stem.").replace("stages_", "stages.")]), key
-    assert "strange" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "convnext_femto",
+            r"does not fit convnext_atto \(size mismatch for stem\.0\.weight: .*\[48, 3, 4, 4\]",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            r"does not fit convnext_atto \(KeyError .*\): it is of another architecture",
+        ),
+        ("", r"none of the 1 tensors of .* belongs to convnext_atto"),
+    ],
+)
+def test_timm_features_from_a_wrong_file(source: str, message: str, tmp_path: Path) -> None:
+    state = timm.create_model(source).state_dict() if source else {"strange": torch.zeros(1)}
+    torch.save(state, tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match=message):
+        load_backbone_weights(
+            build_backbone("timm:convnext_atto"), "timm:convnext_atto", str(tmp_path / "wrong.pth")
+        )
 
 
 def test_timm_weights_by_name_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
