@@ -119,6 +119,8 @@ def predict_command(arguments: Sequence[str]) -> None:
         torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
     ):
         failures = predict_sources(model.to(device), sources, outputs, device, protocol_of(args), on_progress)
+    if failures and len(sources) == 1:
+        raise UserError(failures[0])
     for failure in failures:
         print(f"skipped: {failure}", file=sys.stderr)
     if failures:

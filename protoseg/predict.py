@@ -69,7 +69,9 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
         path = Path(given)
         if path.is_dir():
             inside = sorted(
-                file for file in path.rglob("*") if _is_known(file) and not file.resolve().is_relative_to(out)
+                file
+                for file in path.rglob("*")
+                if _is_known(file) and not file.is_dir() and not file.resolve().is_relative_to(out)
             )
             if not inside:
                 raise UserError(f"{given}: no image or video in this folder; known are {_endings()}")
@@ -278,7 +280,7 @@ def _encode(video: VideoWriter, picture: NDArray[np.uint8], classes: NDArray, pa
 
 def _read_or_message(source: Source) -> Tensor | str:
     try:
-        return read_image(Path(source.path))
+        return read_image(Path(source.path), upright=True)
     except UserError as error:
         return str(error)
 

@@ -31,8 +31,10 @@ def read_frames(source: str) -> tuple[Fraction, Iterator[Tensor]]:
     try:
         container = _open_webcam(av, int(source)) if source.isdecimal() else av.open(source)
     except (av.FFmpegError, OSError) as error:
-        what = f"webcam {source}" if source.isdecimal() else source
-        raise UserError(f"{what}: cannot open this video ({error.strerror or error}); check it") from None
+        reason = error.strerror or error
+        if source.isdecimal():
+            raise UserError(f"webcam {source}: cannot open it ({reason}); is a camera connected?") from None
+        raise UserError(f"{source}: cannot open this video ({reason}); check it") from None
     if not container.streams.video:
         container.close()
         raise UserError(f"{source}: no pictures in this file; give a video")

@@ -85,6 +85,44 @@ def test_a_bad_file_does_not_stop_the_others(
     assert sorted(path.name for path in (tmp_path / "out/labels").iterdir()) == ["a.png", "c.png"]
 
 
+def test_any_kind_of_image_at_its_upright_size(model: tuple[Path, Segmenter], tmp_path: Path) -> None:
+    root, _ = model
+    inputs = tmp_path / "my images"
+    inputs.mkdir()
+    picture = Image.open(root / "data/images/val/0.png")
+    sixteen = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    for name, kind in (
+        *(("größe 日本.png", "RGB"), ("grey.png", "L"), ("alpha.png", "RGBA"), ("palette.png", "P")),
+        *(("grey.jpg", "L"), ("print.jpg", "CMYK"), ("print.tif", "CMYK")),
+        *(("web.webp", "RGB"), ("old.bmp", "RGB")),
+    ):  # fmt: skip
+        picture.convert(kind).save(inputs / name)
+    Image.fromarray(sixteen).save(inputs / "sixteen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright
+    for name in ("phone.jpg", "phone.webp"):
+        picture.save(inputs / name, exif=exif)
+    (inputs / "folder.png").mkdir()
+    assert command("predict", [str(root / "last.pt"), str(inputs), "--out", str(tmp_path / "out")]) == 0
+    labels = {path.name: Image.open(path).size for path in (tmp_path / "out/labels").iterdir()}
+    assert len(labels) == 12, labels
+    assert labels.pop("phone.jpg.png") == labels.pop("phone.webp.png") == picture.size[::-1]
+    assert set(labels.values()) == {picture.size}
+    assert Image.open(tmp_path / "out/overlays/phone.jpg.jpg").size == picture.size[::-1]
+    assert "größe 日本.png" in labels
+
+
+def test_no_webcam_is_one_line(
+    model: tuple[Path, Segmenter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    root, _ = model
+    assert command("predict", [str(root / "last.pt"), "97", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: webcam 97: cannot open it")
+    assert error.count("\n") == 1, error
+
+
 def test_names_of_results_never_meet(tmp_path: Path) -> None:
     for name in ("in/a.jpg", "in/a.png", "in/sub/b.png", "other/b.png", "in/.hidden.png", "in/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reading one image or label file. torchvision decodes; Pillow where it cannot (TIFF, palettes, few bits)."""
+"""Reading one image or label file. torchvision decodes JPEG and PNG, Pillow palettes, few bits and the rest."""
 
 import struct
 from pathlib import Path
@@ -6,31 +6,34 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import loadmat
 from torchvision import io
 
 from protoseg.config import UserError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 LABEL_ENDINGS = (".png", ".tif", ".tiff")
+Image.MAX_IMAGE_PIXELS = None  # a guard against uploads, but these are the user's own files
 _PNG_COLOUR = {2: "RGB", 4: "grey with alpha", 6: "RGBA"}
 
 
-def read_image(path: Path) -> torch.Tensor:
+def read_image(path: Path, *, upright: bool = False) -> torch.Tensor:
     """Image file as (3, H, W) uint8 RGB. Grey is repeated, alpha dropped, 16 bits become 8.
 
-    EXIF rotation is not applied: labels are drawn on the stored pixels. Raises UserError if unreadable.
+    `upright` applies the EXIF rotation. A dataset's images are read without: its labels are taken to be drawn
+    on the stored pixels. (TIFF is always turned, by Pillow.) Raises UserError if unreadable.
     """
     try:
-        if path.suffix.lower() not in (".tif", ".tiff"):
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
             try:
-                image = io.decode_image(io.read_file(str(path)), mode=io.ImageReadMode.RGB)
+                content = io.read_file(str(path))
+                image = io.decode_image(content, mode=io.ImageReadMode.RGB, apply_exif_orientation=upright)
             except RuntimeError:
                 pass  # unknown to torchvision or broken: Pillow decides and says why
             else:
                 return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
-        return _pillow_rgb(path)
+        return _pillow_rgb(path, upright)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNGs
         raise UserError(f"{path}: cannot read this image ({_reason(error)}); replace or remove it") from None
 
@@ -80,8 +83,9 @@ def read_ade20k_ids(path: Path) -> NDArray[np.integer]:
     return (red // 10).astype(np.uint16) * 256 + green
 
 
-def _pillow_rgb(path: Path) -> torch.Tensor:
-    with Image.open(path) as file:
+def _pillow_rgb(path: Path, upright: bool) -> torch.Tensor:
+    with Image.open(path) as opened:
+        file = ImageOps.exif_transpose(opened) if upright else opened
         if file.mode.startswith("I"):  # 16-bit grey; convert() would clip, not scale
             grey = (np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
             array = np.repeat(grey[..., None], 3, axis=2)
