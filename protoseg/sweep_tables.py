@@ -3,15 +3,17 @@
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from protoseg.visualize import mean_of_known
 
@@ -86,84 +88,90 @@ def mean_sd(values: Sequence[float], digits: int, spread: bool = True) -> str:
 
 
 def sweep_figure(rows: Sequence[str], records: Sequence[Record]) -> Figure:
-    """mIoU against K (log axis, linear classifiers as lines) or, if K does not vary, row by row; and against
-    the number of learnable parameters. Error bars: sample standard deviation over seeds."""
-    rows = [row for row in rows if any(record.row == row for record in records)]
-    figure = Figure(figsize=(7.0, 2.7), layout="constrained", dpi=200)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    ks = {record.num_per_class for record in records} - {None}
-    one_row_per_k = all(
-        len({r.row for r in records if r.num_per_class == k}) == 1 for k in ks
-    )  # several rows per K would hide each other
-    if len(ks) > 1 and one_row_per_k:
-        _against_k(left, rows, records)
+    """mIoU against K (log axis, linear classifiers as lines) and against the number of learnable parameters;
+    if K does not vary, or other things do, mIoU and parameters row by row. Error bars: sample standard
+    deviation over seeds, none for a single seed."""
+    runs = {row: [record for record in records if record.row == row] for row in rows}
+    runs = {row: its for row, its in runs.items() if its}
+    ks = {its[0].num_per_class for its in runs.values()} - {None}
+    # Several rows with one K would hide each other.
+    varies = len(ks) > 1 and len(ks) == sum(its[0].num_per_class is not None for its in runs.values())
+    height = 2.7 if varies else 0.7 + 0.2 * len(runs)
+    figure = Figure(figsize=(7.0, height), layout="constrained", dpi=200)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1) if varies else (2, 1), sharey=True)
+    if varies:
+        _against_k(left, runs)
+        _against_parameters(right, runs)
     else:
-        _row_by_row(left, rows, records)
-    for row in rows:
-        runs = [record for record in records if record.row == row]
-        mean, sd = _score(runs)
-        linear = runs[0].num_per_class is None
-        colour = LINEAR if linear else PROTOTYPES
-        marker = "s" if linear else "o"
-        millions = runs[0].values["parameters"] / 1e6
-        right.errorbar(millions, mean, sd, color=colour, marker=marker, markersize=4, capsize=2, linewidth=1)
-        right.annotate(row, (millions, mean), (5, 0), textcoords="offset points", fontsize=6, va="center")
-    right.margins(x=0.35)
-    right.set_xlabel("learnable parameters (M)", fontsize=8)
-    right.ticklabel_format(axis="x", useOffset=False)
+        _row_by_row(left, right, runs)
     for axes in (left, right):
-        axes.set_ylabel("mIoU (%)", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _against_k(axes: Axes, rows: Sequence[str], records: Sequence[Record]) -> None:
-    by_k: dict[int, list[Record]] = {}
-    for record in records:
-        if record.num_per_class is not None:
-            by_k.setdefault(record.num_per_class, []).append(record)
-    ks = sorted(by_k)
-    means, sds = zip(*(_score(by_k[k]) for k in ks))
-    axes.errorbar(
-        ks,
-        means,
-        sds,
-        color=PROTOTYPES,
-        marker="o",
-        markersize=4,
-        capsize=3,
-        linewidth=1.2,
-        label="prototypes",
-    )
-    for row in rows:
-        runs = [record for record in records if record.row == row and record.num_per_class is None]
-        if runs:
-            mean, sd = _score(runs)
+def _against_k(axes: Axes, runs: dict[str, list[Record]]) -> None:
+    by_k = sorted((its[0].num_per_class, *_score(its)) for its in runs.values() if its[0].num_per_class)
+    ks, means, sds = zip(*by_k)
+    style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2}
+    axes.errorbar(ks, means, sds, color=PROTOTYPES, label="prototypes", **style)
+    for row, its in runs.items():
+        if its[0].num_per_class is None:
+            mean, sd = _score(its)
             axes.axhline(mean, color=LINEAR, linewidth=1.2, linestyle="--", label=row)
-            axes.axhspan(mean - sd, mean + sd, color=LINEAR, alpha=0.15, linewidth=0)
+            if len(its) > 1:
+                axes.axhspan(mean - sd, mean + sd, color=LINEAR, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xticks(ks)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("prototypes per class K", fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
+    axes.set_ylabel("mIoU (%)", fontsize=8)
+    axes.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
-def _row_by_row(axes: Axes, rows: Sequence[str], records: Sequence[Record]) -> None:
-    for place, row in enumerate(rows):
-        runs = [record for record in records if record.row == row]
-        mean, sd = _score(runs)
-        colour = LINEAR if runs[0].num_per_class is None else PROTOTYPES
-        axes.errorbar(place, mean, sd, color=colour, marker="o", markersize=4, capsize=3, linewidth=1.2)
-    long = max(map(len, rows)) * len(rows) > 50
-    axes.set_xticks(
-        range(len(rows)), rows, rotation=30 if long else 0, ha="right" if long else "center", fontsize=7
-    )
-    axes.margins(x=0.1)
+def _against_parameters(axes: Axes, runs: dict[str, list[Record]]) -> None:
+    lowest, highest = axes.get_ylim()  # shared with the other panel
+    label_at = dict.fromkeys((its[0].values["parameters"] for its in runs.values()), -math.inf)
+    for row, its in sorted(runs.items(), key=lambda item: _score(item[1])):
+        parameters, (mean, sd) = its[0].values["parameters"], _score(its)
+        style: dict[str, Any] = {
+            "marker": "s" if its[0].num_per_class is None else "o",
+            "color": _colour(its),
+        }
+        axes.errorbar(parameters / 1e6, mean, sd, markersize=4, capsize=2, linewidth=1, **style)
+        # From below: a label moves up where it would cover the one before.
+        label_at[parameters] = max(mean, label_at[parameters] + 0.065 * (highest - lowest))
+        at = (parameters / 1e6, label_at[parameters])
+        axes.annotate(row, at, (6, 0), textcoords="offset points", fontsize=6, va="center")
+    axes.margins(x=0.35)
+    axes.set_xlabel("learnable parameters (M)", fontsize=8)
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+
+
+def _row_by_row(left: Axes, right: Axes, runs: dict[str, list[Record]]) -> None:
+    for place, its in enumerate(runs.values()):
+        mean, sd = _score(its)
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "color": _colour(its)}
+        left.errorbar(mean, place, xerr=sd, capsize=3, linewidth=1.2, **style)
+        right.plot(its[0].values["parameters"] / 1e6, place, **style)
+    left.set_yticks(range(len(runs)), list(runs), fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel("mIoU (%)", fontsize=8)
+    right.set_xlabel("learnable parameters (M)", fontsize=8)
+    right.ticklabel_format(axis="x", useOffset=False)
+    right.xaxis.set_major_locator(MaxNLocator(3))
+    for axes in (left, right):
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def _colour(runs: Sequence[Record]) -> str:
+    return LINEAR if runs[0].num_per_class is None else PROTOTYPES
 
 
 def _score(runs: Sequence[Record]) -> tuple[float, float]:
-    """Mean and sample standard deviation of mIoU in per cent; 0 for a single seed."""
+    """Mean and sample standard deviation of mIoU in per cent; NaN for a single seed."""
     scores = [100 * run.values["mIoU"] for run in runs]
-    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else math.nan

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +297,23 @@ def test_figure_against_k_and_row_by_row() -> None:
         [45.0]
     )
     assert {c.lines[0].get_xdata()[0] for c in right.containers} == {1.0, 2.0}
-    left, _ = sweep_figure(["μ=0", "μ=1"], [record("μ=0", 0, 4, 0.5), record("μ=1", 0, 4, 0.6)]).axes
-    assert [text.get_text() for text in left.get_xticklabels()] == ["μ=0", "μ=1"]
+    labels = [(text.get_text(), text.xy[1]) for text in right.texts]
+    assert labels[0] == ("linear", pytest.approx(45.0))
+    left, right = sweep_figure(["μ=0", "μ=1"], [record("μ=0", 0, 4, 0.5), record("μ=1", 0, 4, 0.6)]).axes
+    assert [text.get_text() for text in left.get_yticklabels()] == ["μ=0", "μ=1"]
+    assert [container.lines[0].get_xdata()[0] for container in left.containers] == pytest.approx([50, 60])
+    assert [line.get_xdata()[0] for line in right.lines] == [1.0, 1.0]
+
+
+def test_labels_of_equal_size_do_not_cover_each_other() -> None:
+    records = [record(f"K={k}", 0, k, 0.5 + 0.0001 * k) for k in (1, 2, 4)]
+    records += [record("far", 0, 10, 0.9)]
+    _, right = sweep_figure(["K=1", "K=2", "K=4", "far"], records).axes
+    heights = [text.xy[1] for text in right.texts]
+    low, high = right.get_ylim()
+    assert min(b - a for a, b in pairwise(heights)) >= 0.064 * (high - low)
+    assert heights[0] == pytest.approx(50.01)
+    assert heights[-1] == pytest.approx(90)
 
 
 def test_slurm_without_submitit_is_one_line(
