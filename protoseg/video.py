@@ -79,7 +79,9 @@ def _frames(av: ModuleType, container: Any, source: str) -> Iterator[Tensor]:
     with container:
         try:
             for frame in container.decode(video=0):
-                yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
+                # Telephones store every video lying and say how to turn it, in degrees against the clock.
+                upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                yield torch.from_numpy(upright.transpose(2, 0, 1).copy())
         except av.FFmpegError as error:
             raise UserError(f"{source}: damaged video ({error.strerror}); its first part was used") from None
 

@@ -1,5 +1,6 @@
 """The predict command: what it finds, what it writes, and that its parts overlap."""
 
+import struct
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from protoseg.data.decode import read_image
 from protoseg.inference import WHOLE, Protocol, segment
 from protoseg.model import Segmenter
 from protoseg.predict import AHEAD, ahead, find_sources, id_image, protocol_for
+from protoseg.video import read_frames
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +221,27 @@ def test_a_video(model: tuple[Path, Segmenter], tmp_path: Path) -> None:
         assert stream.codec_context.name == "h264"
         assert stream.average_rate == 10
         assert sum(1 for _ in written.decode(video=0)) == 9
+
+
+def test_a_video_from_a_telephone_is_turned(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[:24] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44  # of the display, ISO 14496-12: here a turn by 90° clockwise
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    _, frames = read_frames(str(path))
+    frame = next(frames)
+    assert frame.shape == (3, 64, 48)
+    assert frame[:, :, 26:].float().mean() > 240, "the upper half is now on the right"
+    assert frame[:, :, :22].float().mean() < 15
 
 
 def test_a_broken_video_is_named(

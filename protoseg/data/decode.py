@@ -1,4 +1,4 @@
-"""Reading one image or label file. torchvision decodes JPEG and PNG, Pillow palettes, few bits and the rest."""
+"""Reading one image or label file: JPEG and PNG by torchvision; the rest, palettes and few bits by Pillow."""
 
 import struct
 from pathlib import Path
