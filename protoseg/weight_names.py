@@ -140,7 +140,7 @@ MIT_FORMATS = (
 )
 
 RESNET_FORMATS = (
-    Format("torchvision, timm", ((r"((?:conv1|bn1|layer\d)\..+)", r"net.net.\1"),)),
+    Format("torchvision, timm, mmsegmentation", ((r"((?:conv1|bn1|layer\d)\..+)", r"net.net.\1"),)),
     Format(
         "mmsegmentation, deep stem",
         (
