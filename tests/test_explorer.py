@@ -83,9 +83,13 @@ def page(chromium: Any, page_file: Path) -> Iterator[Any]:
 
 def visit(chromium: Any, page_file: Path) -> None:
     """Load a page and wait until it is drawn."""
+    chromium.get(page_file.as_uri())
+    wait_until_drawn(chromium)
+
+
+def wait_until_drawn(chromium: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    chromium.get(page_file.as_uri())
     WebDriverWait(chromium, 60).until(lambda d: d.execute_script("return document.body.dataset.ready"))
 
 
@@ -259,6 +263,13 @@ def test_phone_by_touch_in_light_and_dark(page: Any, tmp_path: Path) -> None:
         assert page.execute_script("return document.documentElement.scrollWidth") <= 390, (
             "no sideways scrolling"
         )
+        page.refresh()
+        wait_until_drawn(page)
+        assert page.execute_script("return document.documentElement.scrollHeight") < 4000, (
+            "cards are folded away"
+        )
+        page.execute_script("arguments[0].click()", css(page, "#prototypes summary")[1])
+        assert css(page, ".card[data-number='3']")[0].is_displayed()
         canvas = css(page, "#samples canvas")[0]
         box = page.execute_script(
             "arguments[0].scrollIntoView({block: 'start'}); const b = arguments[0].getBoundingClientRect();"
