@@ -1,11 +1,15 @@
 """Pictures, figures, and what is collected for them; the planted set shows its three looks."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from planted import LOOKS, SIZE, SQUARE, PlantedSet, planted_model
 from tiny import tiny_config, write_checkpoint, write_folder
 
@@ -64,6 +68,45 @@ def test_planted_looks_get_a_prototype_each() -> None:
     assert deeds.precision_CK[1] == pytest.approx([1.0] * 3)
     assert deeds.won_CK[1].sum() == 30 * (SQUARE // 4) ** 2 - ignored_cells(data)
     assert np.bincount(pixels.label_N).tolist() == [50, 50]
+
+
+def test_planted_looks_by_the_commands(tmp_path: Path) -> None:
+    """The same set as files, learned in forty steps: the page shows a look per prototype."""
+    data = PlantedSet()
+    for split, indices in (("train", range(30)), ("val", range(6))):
+        for i in indices:
+            image, label = data.read(i)
+            for kind, picture in (("images", image.permute(1, 2, 0)), ("labels", label)):
+                path = tmp_path / "data" / kind / split / f"{data.name(i)}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture.numpy()).save(path)
+    values = {
+        "data": {
+            "name": "folder", "root": str(tmp_path / "data"), "classes": list(data.classes),
+            "palette": [list(colour) for colour in data.palette], "crop": [48, 48], "scale": [1, 1],
+            "cat_max_ratio": 1, "flip": 0, "photometric": False, "batch_size": 6, "workers": 0,
+        },
+        "backbone": {"name": "timm:test_efficientnet"},
+        "decode_head": {"dim": 16, "dropout": 0},
+        "prototypes": {"num_per_class": 3, "momentum": 0.9},
+        "optim": {"lr": 2e-3, "warmup_iterations": 5},
+        "train": {"iterations": 40, "seed": 3},
+        "eval": {"samples": 0},
+    }  # fmt: skip
+    (tmp_path / "planted.yaml").write_text(yaml.safe_dump(values))
+    run = tmp_path / "run"
+    assert command("train", [str(tmp_path / "planted.yaml"), "--out", str(run)]) == 0
+    assert command("vis_prototypes", [str(run), "--samples", "2"]) == 0
+    page = (run / "prototypes/index.html").read_text()
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))  # type: ignore[union-attr]
+    commonest = []
+    for prototype in shown["prototypes"][3:]:  # of the class "thing"
+        looks = Counter(patch["name"][-1] for patch in prototype["patches"])
+        look, count = looks.most_common(1)[0]
+        assert count >= 5, f"six patches of one prototype mix looks: {dict(looks)}"
+        assert prototype["share"] == pytest.approx(1 / 3, abs=0.15)
+        commonest.append(look)
+    assert sorted(commonest) == ["0", "1", "2"]
 
 
 def ignored_cells(data: PlantedSet) -> int:
