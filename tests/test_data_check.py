@@ -83,6 +83,11 @@ def set_one(value: int) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
+def as_float(path: Path) -> None:
+    Image.fromarray(np.array(Image.open(path)).astype(np.float32)).save(path.with_suffix(".tif"))
+    path.unlink()
+
+
 T0, T1 = "labels/train/train0.png", "labels/train/train1.png"
 ALL = ["labels/train/" + f"train{i}.png" for i in range(4)] + ["labels/val/val0.png", "labels/val/val1.png"]
 # fault, kind it must be called, the words it must say, files it must name
@@ -108,11 +113,29 @@ FAULTS = {
         ["images/train/train2.png"],
     ),
     "truncated label": (truncate(T1, 60), "unreadable label", "cannot read this label", [T1]),
-    "empty label file": (truncate(T1, 0), "unreadable label", "cannot read this label", [T1]),
+    "empty label file": (truncate(T1, 0), "unreadable label", "the file is empty", [T1]),
+    "JPEG called PNG": (
+        lambda r: Image.open(r / T0).save(r / T0, format="JPEG"),
+        "unreadable label",
+        "compression changes ids",
+        [T0],
+    ),
+    "ids as floating-point numbers": (
+        lambda r: as_float(r / T0),
+        "unreadable label",
+        "floating-point",
+        ["labels/train/train0.tif"],
+    ),
+    "two files of one stem": (
+        lambda r: Image.open(r / "images/train/train0.png").save(r / "images/train/train0.jpg"),
+        "two files of one stem",
+        "keep one of the two",
+        ["images/train/train0.png"],
+    ),
     "text for an image": (
         lambda r: (r / "images/val/val0.png").write_text("404"),
         "unreadable image",
-        "cannot read",
+        "no image of a known kind",
         ["images/val/val0.png"],
     ),
     "colour mask of the palette": (relabel(paint, "train0.png"), "colour mask", "those of the palette", [T0]),
@@ -129,6 +152,12 @@ FAULTS = {
     "stretched for display": (relabel(stretch), "unknown label id", "multiples of 80", ALL),
     "stretched to 16 bits": (
         relabel(lambda a: np.where(a == 255, 255, a.astype(np.uint16) * 257).astype(np.uint16)),
+        "unknown label id",
+        "multiples of 257: 8-bit ids stretched to 16 bits",
+        ALL,
+    ),
+    "stretched to 16 bits, void and all": (
+        relabel(lambda a: a.astype(np.uint16) * 257),
         "unknown label id",
         "multiples of 257: 8-bit ids stretched to 16 bits",
         ALL,
@@ -213,6 +242,69 @@ def test_labels_of_another_split(copy):
     assert {"image without label", "label without image", "empty split"} <= kinds
 
 
+def move(pattern: str, change: Callable[[Path], Path]) -> Callable[[Path], None]:
+    def fault(root: Path) -> None:
+        for path in sorted(root.glob(pattern)):
+            path.rename(change(path))
+
+    return fault
+
+
+def swap_labels(root: Path) -> None:
+    (root / "labels/train").rename(root / "x")
+    (root / "labels/val").rename(root / "labels/train")
+    (root / "x").rename(root / "labels/val")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (swap_labels, "their labels lie in 'val': were the splits swapped?"),
+        (
+            move("labels/*/*.png", lambda p: p.with_suffix(".jpg")),
+            "labels/train/train0.jpg is not read: a label ends in .png .tif .tiff (JPEG changes ids)",
+        ),
+        (
+            move("labels/*/*.png", lambda p: p.with_stem(p.stem + "_mask")),
+            "the names of the labels have '_mask' more: rename them",
+        ),
+        (
+            move("images/*/*.png", lambda p: p.with_stem("rgb-" + p.stem)),
+            "the names of the images have 'rgb-' more: rename them",
+        ),
+        (
+            move("labels/*/*.png", lambda p: p.with_stem(p.stem.upper())),
+            "the names differ in upper and lower case: make them alike",
+        ),
+        (move("labels/*/*.png", lambda p: p.with_stem("x" + p.stem[::-1])), "add the missing files or"),
+    ],
+)
+def test_why_images_and_labels_do_not_meet(copy: Path, fault: Callable[[Path], None], words: str) -> None:
+    fault(copy)
+    report = doctor(copy)
+    found = next(f for f in report.findings if f.kind == "image without label" and "'train'" in f.message)
+    assert words in found.message
+    assert str(copy) not in found.message
+    with pytest.raises(UserError) as error:
+        build_dataset("folder", root=copy, split="train", classes=CLASSES)
+    if "swapped" not in words:
+        assert words in str(error.value).replace(f"{copy}/", "")
+
+
+def test_image_of_another_kind_is_named(copy: Path) -> None:
+    (copy / "images/val/val1.png").rename(copy / "images/val/val1.gif")
+    found = next(f for f in doctor(copy).findings if f.kind == "label without image")
+    assert "images/val/val1.gif is not read: an image ends in .jpg" in found.message
+
+
+def test_nothing_labelled_is_an_error(copy: Path) -> None:
+    relabel(lambda a: a * 0 + 255)(copy)
+    report = doctor(copy)
+    assert not report.ok
+    assert report.findings[0].message.startswith("train: every pixel is ignored and nothing can be learned")
+    assert "absent class" not in {f.kind for f in report.findings}
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_permissions(copy):
     (copy / T0).chmod(0)
@@ -227,6 +319,7 @@ def test_permissions(copy):
         ("0/255 masks", {0: 0, 255: 1}),
         ("stretched for display", {0: 0, 80: 1, 160: 2}),
         ("stretched to 16 bits", {0: 0, 257: 1, 514: 2}),
+        ("stretched to 16 bits, void and all", {0: 0, 257: 1, 514: 2, 65535: "ignore"}),
         ("ids from one", {1: 0, 2: 1, 3: 2}),
         ("wrong id", {0: 0, 1: 1, 2: 2, 7: "ignore"}),
     ],

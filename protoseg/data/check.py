@@ -1,7 +1,7 @@
 """The doctor: reads every file of a dataset in parallel and reports what training would stumble over."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from protoseg.data.diagnosis import (
 )
 from protoseg.data.files import ReadIds
 from protoseg.data.label_ids import LabelIds, LabelMap
-from protoseg.data.pairing import pair_files, read_excluded
+from protoseg.data.pairing import Pairing, pair_files, read_excluded
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,18 @@ def check_dataset(
     findings: list[Finding] = []
     pairs: list[tuple[str, Path, Path]] = []
     images: dict[str, int] = {}
+    pairings: dict[str, Pairing] = {}
     for split in (part for joined in splits for part in joined.split("+")):
         if split in images:
             continue
         pairing = pair_files(root, find_split(name, spec, root, split), spec.homepage, excluded)
         images[split] = len(pairing.pairs)
         pairs += [(split, image, label) for image, label in pairing.pairs.values()]
-        for what, files in (
-            ("image without label", [_below(root, path) for path in pairing.images_alone]),
-            ("label without image", [_below(root, path) for path in pairing.labels_alone]),
-            ("listed name without image", pairing.missing),
-        ):
-            if files:
-                text = f"{len(files)} {what} in split '{split}'; add the missing files or exclude these"
-                findings.append(Finding(what, "error", text, tuple(files)))
+        pairings[split] = pairing
         if not pairing.pairs:
             findings.append(Finding("empty split", "error", f"split '{split}' has no image with a label", ()))
+    for split, pairing in pairings.items():
+        findings += _pairing_findings(root, split, pairing, pairings)
 
     facts: list[FileFacts] = []
     with ThreadPoolExecutor(threads) as pool:
@@ -119,7 +115,10 @@ def check_dataset(
     training = [f for f in facts if f.split in splits[0].split("+")]
     pixels, holders, extent, ignored = class_table(training, ids, len(spec.classes))
     absent = [entry for entry, count in zip(spec.classes, pixels) if not count]
-    if absent and training:
+    if not pixels.any() and any(f.id_counts for f in training):
+        text = f"{splits[0]}: every pixel is ignored and nothing can be learned; is the label_map right?"
+        findings.append(Finding("nothing labelled", "error", text, ()))
+    elif absent and pixels.any():
         few = ", ".join(absent[:8]) + (", …" if absent[8:] else "")
         text = f"{len(absent)} class(es) have no pixel in {splits[0]}: {few}"
         findings.append(Finding("absent class", "warning", text, ()))
@@ -137,12 +136,38 @@ def check_dataset(
         dataset=name,
         root=str(root),
         images=images,
-        findings=findings,
+        findings=sorted(findings, key=lambda finding: finding.severity),  # errors first
         classes=[ClassRow(*row) for row in rows],
         ignored_share=ignored / max(1, ignored + labelled),
         advised_label_map=advise_label_map(facts, ids, len(spec.classes)),
         bad_files=sorted(bad),
     )
+
+
+def _pairing_findings(
+    root: Path, split: str, pairing: Pairing, pairings: Mapping[str, Pairing]
+) -> list[Finding]:
+    """Files that lack their partner, or have one too many."""
+    advice = pairing.advice
+    alone = {path.stem for path in pairing.images_alone}
+    for other, theirs in pairings.items():
+        if other != split and alone and alone <= {path.stem for path in theirs.labels_alone}:
+            advice = f"their labels lie in '{other}': were the splits swapped?"
+    found = []
+    for kind, files, todo in (
+        ("image without label", [_below(root, path) for path in pairing.images_alone], advice),
+        ("label without image", [_below(root, path) for path in pairing.labels_alone], pairing.advice),
+        ("listed name without image", pairing.missing, "add the missing files"),
+        (
+            "two files of one stem",
+            [_below(root, second) for _, second in pairing.twins],
+            "keep one of the two",
+        ),
+    ):
+        if files:
+            text = f"{len(files)} {kind} in split '{split}'; {todo.replace(f'{root}/', '')}"
+            found.append(Finding(kind, "error", text, tuple(files)))
+    return found
 
 
 def inspect(root: Path, read_ids: ReadIds, split: str, image_file: Path, label_file: Path) -> FileFacts:

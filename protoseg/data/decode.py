@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
 from torchvision import io
 
@@ -35,7 +35,9 @@ def read_image(path: Path, *, upright: bool = False) -> torch.Tensor:
                 return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
         return _pillow_rgb(path, upright)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNGs
-        raise UserError(f"{path}: cannot read this image ({_reason(error)}); replace or remove it") from None
+        raise UserError(
+            f"{path}: cannot read this image ({_reason(error, path)}); replace or remove it"
+        ) from None
 
 
 def read_label_ids(path: Path) -> NDArray[np.integer]:
@@ -50,15 +52,22 @@ def read_label_ids(path: Path) -> NDArray[np.integer]:
             if colour in _PNG_COLOUR:
                 raise _colour_mask(path, _PNG_COLOUR[colour])
             if colour == 0 and depth >= 8:
-                return io.decode_png(io.read_file(str(path)))[0].numpy()
+                try:
+                    return io.decode_png(io.read_file(str(path)))[0].numpy()
+                except RuntimeError:
+                    pass  # broken: Pillow says why
             ids = _pillow_ids(path)
             # Pillow stretches grey of 2 and 4 bits to 0-255; the ids are the stored values.
             return ids // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else ids
+        if header[:3] == b"\xff\xd8\xff":
+            raise ValueError("a JPEG file, whose compression changes ids: export labels as PNG")
         return _pillow_ids(path)
     except UserError:
         raise
-    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot read this label ({_reason(error)}); replace or remove it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot read this label ({_reason(error, path)}); replace or remove it"
+        ) from None
 
 
 def read_mat_ids(path: Path) -> NDArray[np.integer]:
@@ -68,7 +77,9 @@ def read_mat_ids(path: Path) -> NDArray[np.integer]:
         ids = fields["S"] if "S" in fields else fields["LabelMap"]
         return ids.astype(np.uint16)  # stored as doubles by some files
     except Exception as error:  # what SciPy raises depends on where the file is broken
-        raise UserError(f"{path}: cannot read this label ({_reason(error)}); replace or remove it") from None
+        raise UserError(
+            f"{path}: cannot read this label ({_reason(error, path)}); replace or remove it"
+        ) from None
 
 
 def read_ade20k_ids(path: Path) -> NDArray[np.integer]:
@@ -79,7 +90,9 @@ def read_ade20k_ids(path: Path) -> NDArray[np.integer]:
     try:
         red, green, _ = io.decode_image(io.read_file(str(path)), mode=io.ImageReadMode.RGB).numpy()
     except RuntimeError as error:
-        raise UserError(f"{path}: cannot read this label ({_reason(error)}); replace or remove it") from None
+        raise UserError(
+            f"{path}: cannot read this label ({_reason(error, path)}); replace or remove it"
+        ) from None
     return (red // 10).astype(np.uint16) * 256 + green
 
 
@@ -98,6 +111,8 @@ def _pillow_rgb(path: Path, upright: bool) -> torch.Tensor:
 
 def _pillow_ids(path: Path) -> NDArray[np.integer]:
     with Image.open(path) as file:
+        if file.mode == "F":
+            raise ValueError("floating-point pixels: export ids as whole numbers of 8 or 16 bits")
         if file.mode not in ("1", "L", "P") and not file.mode.startswith("I"):
             raise _colour_mask(path, file.mode)
         ids = np.array(file)
@@ -111,8 +126,10 @@ def _colour_mask(path: Path, kind: str) -> UserError:
     )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: Path) -> str:
     """The first line of a library's message, without the path it may repeat."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a known kind" if path.stat().st_size else "the file is empty"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()

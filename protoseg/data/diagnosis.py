@@ -130,7 +130,8 @@ def _explain(every: Sequence[int], ids: LabelIds, count: int) -> str:
 
 def _stretch(every: Sequence[int], ignore_index: int, count: int) -> int:
     """The factor by which ids were multiplied, 1 if they were not."""
-    values = [v for v in every if v not in (0, ignore_index)]
+    # The ignored id is stretched like the others, or left alone.
+    values = [v for v in every if v not in (0, ignore_index, ignore_index * 257)]
     step = int(np.gcd.reduce(values)) if values else 1
     return step if len(values) > 1 and step > 1 and max(values) // step < count else 1
 
@@ -194,7 +195,7 @@ def advise_label_map(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> L
     step = _stretch(every, ids.ignore_index, count)
     values = [v for v in every if v != ids.ignore_index]
     if step > 1:
-        return {v: v // step for v in values}
+        return {v: v // step if v // step < count else IGNORE for v in values}
     if max(values) == count:
         return {v: v - 1 if v else IGNORE for v in values}
     return {v: v if v < count else IGNORE for v in values}
