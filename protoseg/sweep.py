@@ -172,7 +172,8 @@ def _run_all(tasks: list[Task], sweep: Sweep, launcher: Launcher, signals: StopS
                 before = task.state
                 _advance(task, sweep, launcher)
                 if task.state in {"done", "failed"} - {before} and not console.is_terminal:
-                    print(f"{task.row.name}, seed {task.seed}: {_standing(task)}", flush=True)
+                    why = f": {_last_line(task.folder)}" if task.state == "failed" else ""
+                    print(f"{task.row.name}, seed {task.seed}: {_standing(task)}{why}", flush=True)
             if console.is_terminal:
                 live.update(_table(sweep, tasks), refresh=True)
             running = [task for task in tasks if task.state == "running"]
@@ -320,7 +321,7 @@ def _standing(task: Task) -> str:
     if task.state == "done":
         return f"mIoU {100 * read_record(task.row.name, task.seed, task.folder).values['mIoU']:.2f}"
     if task.state == "failed":
-        return f"failed: {_last_line(task.folder)}"
+        return "failed"
     lines = read_metrics(task.folder) if task.state == "running" else []
     return f"{lines[-1]['step']}/{task.iterations}" if lines else task.state
 
@@ -336,7 +337,8 @@ def _is_finished(folder: Path, config: Path, overrides: Sequence[str]) -> bool:
 def _last_line(folder: Path) -> str:
     log = folder / "log.txt"
     lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output, see its log.txt")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+    return last.removeprefix("error: ")
 
 
 def _settings(values: Any, where: str) -> list[str]:
