@@ -30,7 +30,7 @@ from protoseg.figures import (
     which_prototype_figure,
 )
 from protoseg.model import Segmenter
-from protoseg.report import read_metrics, save_figure, write_text
+from protoseg.report import make_folder, read_metrics, save_figure, write_text
 from protoseg.trainer import open_dataset
 from protoseg.visualize import outlined
 
@@ -75,12 +75,12 @@ def write_gallery(
         raise UserError(f"{runs[0]}: a linear classifier has no prototypes; give a prototype run first")
     if len({tuple(run.classes) for run in loaded}) > 1:
         raise UserError(f"{runs[1]}: trained on other classes than {runs[0]}; compare runs on the same data")
-    out = out or first.folder / "prototypes"
-    out.mkdir(parents=True, exist_ok=True)
     seen, val = (
         with_classes(open_dataset(first.config, part), first.classes, first.palette)
         for part in (split, first.config.data.val_split)
     )
+    out = out or first.folder / "prototypes"
+    make_folder(out)
     print(f"{runs[0]}: looking at {min(images, len(seen))} images of {split}", flush=True)
     per_class = max(10, MOST_POINTS // min(len(first.classes), MOST_CLASSES))
     surveys = [

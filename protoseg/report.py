@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from protoseg.config import UserError
 from protoseg.evaluate import Scores
 from protoseg.figures import assignment_figure, cosine_figure
 from protoseg.prototypes import PrototypeHead
@@ -105,6 +106,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def make_folder(path: Path) -> None:
+    """With its parents. Errors: UserError if there can be no folder of this name."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: no folder can be made there ({error.strerror}); choose another") from None
 
 
 def write_text(path: Path, text: str) -> None:

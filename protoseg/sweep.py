@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from protoseg.config import UserError, differing_keys, load_config, to_plain
-from protoseg.report import read_metrics, save_figure, write_text
+from protoseg.report import make_folder, read_metrics, save_figure, write_text
 from protoseg.sweep_tables import Record, read_record, sweep_figure, to_csv, to_markdown
 from protoseg.trainer import OPERATIONAL, Interrupted, StopSignals
 
@@ -128,7 +128,7 @@ def run_sweep(sweep: Sweep, out: Path, launcher: Launcher) -> list[Record]:
     was. Ctrl-C and SIGTERM let the running ones write their checkpoints. Errors: UserError naming a failed
     run, after all others have ended and the tables are written; Interrupted.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     tasks = _tasks(sweep, out)
     with StopSignals() as signals:
         _run_all(tasks, sweep, launcher, signals)

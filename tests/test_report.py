@@ -4,15 +4,17 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from google.protobuf import text_format
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
+from protoseg.config import UserError
 from protoseg.figures import cosine_figure
 from protoseg.prototypes import PrototypeHead
-from protoseg.report import RunLog
+from protoseg.report import RunLog, make_folder
 
 CLASSES = ("road", "traffic light", "unseen")
 PALETTE = ((128, 64, 128), (250, 170, 30), (0, 0, 0))
@@ -63,3 +65,10 @@ def test_prototypes_that_are_all_the_same_can_be_drawn(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.prototypes(PrototypeHead(4, 3, 2), CLASSES, PALETTE, step=1)
     assert not (tmp_path / "tensorboard/prototypes").exists(), "nothing to show before the first step"
+
+
+def test_a_file_in_the_folders_place_is_one_line(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a/b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: no folder can be made there \(File exists\); choose another"):
+        make_folder(tmp_path / "file")
