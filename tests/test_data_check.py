@@ -259,7 +259,7 @@ def swap_labels(root: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (swap_labels, "their labels lie in 'val': were the splits swapped?"),
+        (swap_labels, "the partners lie in 'val': were the splits swapped?"),
         (
             move("labels/*/*.png", lambda p: p.with_suffix(".jpg")),
             "labels/train/train0.jpg is not read: a label ends in .png .tif .tiff (JPEG changes ids)",

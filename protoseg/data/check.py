@@ -149,14 +149,18 @@ def _pairing_findings(
 ) -> list[Finding]:
     """Files that lack their partner, or have one too many."""
     advice = pairing.advice
-    alone = {path.stem for path in pairing.images_alone}
+    alone = _stems(pairing.images_alone), _stems(pairing.labels_alone)
     for other, theirs in pairings.items():
-        if other != split and alone and alone <= {path.stem for path in theirs.labels_alone}:
-            advice = f"their labels lie in '{other}': were the splits swapped?"
+        if (
+            other != split
+            and all(alone)
+            and alone == (_stems(theirs.labels_alone), _stems(theirs.images_alone))
+        ):
+            advice = f"the partners lie in '{other}': were the splits swapped?"
     found = []
     for kind, files, todo in (
         ("image without label", [_below(root, path) for path in pairing.images_alone], advice),
-        ("label without image", [_below(root, path) for path in pairing.labels_alone], pairing.advice),
+        ("label without image", [_below(root, path) for path in pairing.labels_alone], advice),
         ("listed name without image", pairing.missing, "add the missing files"),
         (
             "two files of one stem",
@@ -168,6 +172,10 @@ def _pairing_findings(
             text = f"{len(files)} {kind} in split '{split}'; {todo.replace(f'{root}/', '')}"
             found.append(Finding(kind, "error", text, tuple(files)))
     return found
+
+
+def _stems(files: Sequence[Path]) -> set[str]:
+    return {path.stem for path in files}
 
 
 def inspect(root: Path, read_ids: ReadIds, split: str, image_file: Path, label_file: Path) -> FileFacts:

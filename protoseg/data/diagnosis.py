@@ -154,7 +154,9 @@ def _mixed_bits(facts: Sequence[FileFacts]) -> list[Finding]:
 
 
 def _all_ignored(facts: Sequence[FileFacts], ids: LabelIds) -> list[Finding]:
-    empty = [f for f in facts if f.id_counts and not any(ids.is_class(raw) for raw in f.id_counts)]
+    empty = [
+        f for f in facts if f.id_counts and all(ids.target(raw) == ids.ignore_index for raw in f.id_counts)
+    ]
     if not empty:
         return []
     text = (
