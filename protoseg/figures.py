@@ -239,9 +239,10 @@ def cosine_figure(protos_CKD: NDArray, classes: Sequence[str]) -> Figure:
     upper = np.triu(np.ones_like(cosines, dtype=bool), 1)
     same = owner[:, None] == owner[None]
     bins = np.linspace(low, 1, 41).tolist()
-    right.hist(
-        cosines[upper & ~same], bins, density=True, color="#d55e00", alpha=0.6, label="different classes"
-    )
+    if num_classes > 1:
+        right.hist(
+            cosines[upper & ~same], bins, density=True, color="#d55e00", alpha=0.6, label="different classes"
+        )
     if count > 1:
         right.hist(
             cosines[upper & same],
