@@ -124,7 +124,7 @@ def embed(model: Segmenter, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, i
     """Of one image (3, H, W): unit vectors (N, D) as the classifier sees them, logits (N, C), and (h, w)."""
     with torch.inference_mode():
         embedding, _ = model.embed(image[None].to(model.mean.device))
-        unit_ND = unit_rows(embedding) if model.prototypes is None else model.prototypes._embed(embedding)
+        unit_ND = unit_rows(embedding) if model.prototypes is None else model.prototypes.embed(embedding)
         return (
             unit_ND,
             model.classifier(embedding)[0].flatten(1).t(),

@@ -40,7 +40,7 @@ class Editing(nn.Module):
     kappa: float
     sinkhorn_iterations: int
     all_reduce: AllReduce | None
-    _embed: Callable[[Tensor], Tensor]
+    embed: Callable[[Tensor], Tensor]
     _valid_labels: Callable[..., Tensor]
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class Editing(nn.Module):
         if num_classes == self.ignore_index:
             raise ValueError(f"add_class: the new class would be {num_classes}, which is the ignore index")
         mine = labels if labels.dtype == torch.bool else labels == num_classes
-        emb_ND = self._embed(features)
+        emb_ND = self.embed(features)
         labels_N = torch.where(mine.reshape(-1), 0, -1)
         fresh_1KD = self._random(1, num_prototypes).to(emb_ND.dtype)
         wanted_1K = torch.ones(1, num_prototypes, dtype=torch.bool, device=emb_ND.device)
@@ -140,7 +140,7 @@ class Editing(nn.Module):
         if features is not None and labels is not None:
             labels_N = self._valid_labels(features, labels, only_initialized=False)
             wanted_CK = torch.ones_like(protos_CKD[..., 0], dtype=torch.bool)
-            protos_CKD, placed_CK = self._start(self._embed(features), labels_N, protos_CKD, wanted_CK)
+            protos_CKD, placed_CK = self._start(self.embed(features), labels_N, protos_CKD, wanted_CK)
             live_C = live_C | placed_CK.any(1)
         zeros_CK = torch.zeros_like(protos_CKD[..., 0], dtype=self.usage.dtype)
         self._replace(
@@ -163,7 +163,7 @@ class Editing(nn.Module):
         for features, labels in batches:
             labels_N = self._valid_labels(features, labels, only_initialized=False)
             wanted_CK = fresh_C[:, None].expand(-1, num_prototypes)
-            protos_CKD, placed_CK = self._start(self._embed(features), labels_N, self.prototypes, wanted_CK)
+            protos_CKD, placed_CK = self._start(self.embed(features), labels_N, self.prototypes, wanted_CK)
             self.prototypes.copy_(protos_CKD)
             fresh_C &= ~placed_CK.any(1)
         self.initialized |= ~fresh_C
@@ -172,7 +172,7 @@ class Editing(nn.Module):
             sums_CKD = torch.zeros_like(self.prototypes)
             counts_CK = torch.zeros_like(self.usage)
             for features, labels in batches:
-                emb_ND, labels_N = self._embed(features), self._valid_labels(features, labels)
+                emb_ND, labels_N = self.embed(features), self._valid_labels(features, labels)
                 own_NK = own_similarities(emb_ND, self.prototypes.to(emb_ND.dtype), labels_N)
                 plan_NK = sinkhorn(
                     own_NK,

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as image_functions
 
 from protoseg.config import UserError
 from protoseg.model import Segmenter
-from protoseg.scores import unit_rows
+from protoseg.prototypes import PrototypeHead
 
 # Class values of full-resolution pixels at a time, by device: bounds the memory of large vocabularies.
 BAND_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
@@ -221,10 +221,10 @@ def upsampled_rows(map_Chw: Tensor, size: tuple[int, int], rows: slice) -> Tenso
     return F.interpolate(blended[None], (len(row), size[1]), mode="bilinear", align_corners=False)[0]
 
 
-def nearest_prototypes(embedding: Tensor, protos_CKD: Tensor) -> Tensor:
+def nearest_prototypes(head: PrototypeHead, embedding: Tensor) -> Tensor:
     """Index of each class's prototype nearest to each cell: (B, D, h, w) → (B, C, h, w) int16."""
     batch, _, height, width = embedding.shape
-    emb_ND = unit_rows(embedding)
+    emb_ND, protos_CKD = head.embed(embedding), head.prototypes
     rows_MD = protos_CKD.flatten(0, 1).to(emb_ND.dtype)
     chunk = max(1, BAND_ELEMENTS.get(embedding.device.type, 2**24) // len(rows_MD))
     parts = [
@@ -273,4 +273,4 @@ def _forward(model: Segmenter, images: Tensor, nearest: bool) -> tuple[Tensor, T
         return model(images).float(), None
     assert model.prototypes is not None
     embedding, _ = model.embed(images)
-    return model.classifier(embedding).float(), nearest_prototypes(embedding, model.prototypes.prototypes)
+    return model.classifier(embedding).float(), nearest_prototypes(model.prototypes, embedding)

@@ -29,7 +29,7 @@ class OfficialHead(PrototypeHead):
         self.projection = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
         self.feature_norm = nn.LayerNorm(dim)
 
-    def _embed(self, features: Tensor) -> Tensor:
+    def embed(self, features: Tensor) -> Tensor:
         """Unit embeddings (N, D), normalised by row of the image first."""
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         by_width = F.normalize(self.projection(features), dim=-1)

@@ -151,7 +151,7 @@ class PrototypeHead(Editing):
     def forward(self, features: Tensor, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, C, h, w); with return_distance also 1 − cosine of the nearest prototype (B, h, w)."""
         with torch.autocast(features.device.type, enabled=False):
-            emb_ND = self._embed(features)
+            emb_ND = self.embed(features)
             scores_NC = class_scores(
                 emb_ND,
                 self.prototypes.to(emb_ND.dtype),
@@ -173,7 +173,7 @@ class PrototypeHead(Editing):
         take no part whose label is ignore_index, no class, or a class without prototypes: their loss is 0.
         """
         with torch.autocast(features.device.type, enabled=False):
-            emb_ND = self._embed(features)
+            emb_ND = self.embed(features)
             labels_N = self._valid_labels(features, labels)
             scores_NC, own_NK, log_sum_exp_N = prototype_scores(
                 emb_ND,
@@ -257,7 +257,7 @@ class PrototypeHead(Editing):
         if not wanted_CK.any():
             return
         with torch.autocast(features.device.type, enabled=False):
-            emb_ND = self._embed(features)
+            emb_ND = self.embed(features)
             labels_N = self._valid_labels(features, labels, only_initialized=False)
             protos_CKD, placed_CK = start_prototypes(
                 emb_ND,
@@ -292,8 +292,8 @@ class PrototypeHead(Editing):
             else torch.zeros_like(self.idle, dtype=torch.bool)
         )
 
-    def _embed(self, features: Tensor) -> Tensor:
-        """Unit embeddings (N, D) of a feature map (B, D, h, w)."""
+    def embed(self, features: Tensor) -> Tensor:
+        """Unit vectors (N, D) of a feature map (B, D, h, w), N = B·h·w: what prototypes are compared with."""
         if features.ndim != 4 or features.shape[1] != self.dim:
             raise ValueError(
                 f"PrototypeHead: features must be (B, {self.dim}, h, w), got {tuple(features.shape)}"

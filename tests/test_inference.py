@@ -23,6 +23,7 @@ from protoseg.inference import (
     windowed_logits,
 )
 from protoseg.model import Segmenter, build_model
+from protoseg.official import OfficialHead
 from protoseg.prototypes import PrototypeHead
 
 
@@ -229,14 +230,20 @@ def test_flip_averaging_does_not_know_left_from_right(
     assert not torch.allclose(plain.confidence, once.confidence, atol=1e-3), "the model sees mirroring"
 
 
-def test_prototype_map_is_the_nearest_of_the_predicted_class(local_model: Segmenter) -> None:
+@pytest.mark.parametrize("official", [False, True])
+def test_prototype_map_is_the_nearest_of_the_predicted_class(local_model: Segmenter, official: bool) -> None:
+    if official:  # its prototypes are not compared with the decode head's map but with a projection of it
+        local_model.classifier = OfficialHead(6, 5, 4, start="random")
     image = picture(22, 30)
     got = segment(local_model, image, prototypes=True)
     head = local_model.prototypes
     assert got.prototypes is not None
     assert head is not None
     with torch.inference_mode():
-        embedding = F.normalize(local_model.embed(image[None])[0][0], dim=0)
+        features = local_model.embed(image[None])[0]
+        embedding = F.normalize(features[0], dim=0)
+        if official:
+            embedding = head.embed(features).t().view_as(features[0])
     wrong = []
     for y, x in product(range(22), range(30)):
         cell = embedding[:, (2 * y + 1) * 6 // 44, (2 * x + 1) * 8 // 60]

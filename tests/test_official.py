@@ -35,7 +35,7 @@ def test_gumbel_draw_keeps_the_share_of_pixels_that_probabilities_as_logits_give
     k, n = 10, 20000
     head = OfficialHead(10, 1, k, start="random", score_norm="layer_norm", temperature=1.0)
     head.prototypes.copy_(torch.eye(10)[None])
-    head._embed = lambda features: torch.eye(10).repeat(n // 10, 1)  # type: ignore[method-assign]
+    head.embed = lambda features: torch.eye(10).repeat(n // 10, 1)  # type: ignore[method-assign]
     labels = torch.zeros(1, 100, n // 100, dtype=torch.long)
     out = head.training_step(torch.zeros(1, 10, 100, n // 100), labels)
     kept = (out.assignment.flatten() == torch.arange(10).repeat(n // 10)).float().mean().item()

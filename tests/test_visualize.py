@@ -187,7 +187,7 @@ def test_the_winner_is_of_the_class_that_the_model_predicts(official: bool) -> N
     with torch.inference_mode():
         features, _ = model.embed(data.read(4)[0][None])
         logits = head(features)[0]
-        emb = head._embed(features).view(*logits.shape[1:], 4).numpy()
+        emb = head.embed(features).view(*logits.shape[1:], 4).numpy()
     sims = np.einsum("hwd,ckd->hwck", emb, head.prototypes.numpy())
     best = sims.max((2, 3))
     for y, x in np.ndindex(*best.shape):
