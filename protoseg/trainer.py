@@ -23,6 +23,7 @@ from protoseg.report import (
     clock,
     environment,
     health_line,
+    make_folder,
     peak_memory_gb,
     print_scores,
     progress_line,
@@ -70,7 +71,7 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
             print(report)
     log = None
     if distributed.is_main():
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
         log = RunLog(out, run.step)
         print(
