@@ -379,7 +379,7 @@ def test_report_as_json_and_as_text(copy):
         "train0.png",
         "neither mapped nor ignored",
         "4 train, 2 val",
-        "advised data.label_map",
+        "label_map: {0: 0, 1: 1, 2: 2, 7: ignore}",
         "errors",
     ):
         assert words in text.getvalue()

@@ -237,9 +237,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     )
     for finding in report.findings:
         colour = "red" if finding.severity == "error" else "yellow"
-        console.print(f"[{colour}]{finding.severity}[/] {escape(finding.message)}", highlight=False)
+        line = f"[{colour}]{finding.severity}[/] {escape(finding.message)}"
+        console.print(line, highlight=False, soft_wrap=True)
         for file in finding.files[:5]:
-            console.print(f"    {escape(file)}", highlight=False)
+            console.print(f"    {escape(file)}", highlight=False, soft_wrap=True)
         if finding.files[5:]:
             console.print(f"    … and {len(finding.files) - 5} more", highlight=False)
     table = Table("class", "pixels", "share", "images", "median freq. weight", "inverse log weight")
@@ -250,5 +251,6 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(f"ignored: {report.ignored_share:.2%} of the pixels", highlight=False)
     if report.advised_label_map is not None:
         entries = ", ".join(f"{raw}: {target}" for raw, target in report.advised_label_map.items())
-        console.print(f"advised data.label_map: {{{entries}}}", highlight=False, markup=False)
+        line = f"advised, below data: in the config: label_map: {{{entries}}}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)  # one line, to be copied
     console.print("[green]no errors[/]" if report.ok else "[red]errors: see above[/]")

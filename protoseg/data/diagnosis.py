@@ -198,8 +198,8 @@ def advise_label_map(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> L
     values = [v for v in every if v != ids.ignore_index]
     if step > 1:
         return {v: v // step if v // step < count else IGNORE for v in values}
-    if max(values) == count:
-        return {v: v - 1 if v else IGNORE for v in values}
+    if max(values) == count:  # every id, since a rare class may be missing in these files
+        return {**({0: IGNORE} if 0 in values else {}), **{v: v - 1 for v in range(1, count + 1)}}
     return {v: v if v < count else IGNORE for v in values}
 
 
