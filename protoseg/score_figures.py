@@ -20,9 +20,11 @@ def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
     image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="% of the labelled pixels of the row's class", shrink=0.7)
     axes.set(xlabel="prediction", ylabel="label")
-    size = 8 if len(classes) <= 40 else max(2, 320 / len(classes))
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(classes)), classes, fontsize=size)
+    every = -(-len(classes) // 170)  # more names would overlap
+    places, names = range(0, len(classes), every), classes[::every]
+    size = 8 if len(classes) <= 75 else 6
+    axes.set_xticks(places, names, rotation=90, fontsize=size)
+    axes.set_yticks(places, names, fontsize=size)
     if len(classes) <= 25:  # with more, the numbers could not be read
         for row, column in zip(*np.nonzero(share >= 0.005)):
             value = share[row, column]
