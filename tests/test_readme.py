@@ -4,6 +4,11 @@ import re
 from pathlib import Path
 
 import torch
+import yaml
+
+from protoseg.config import config_from
+from protoseg.data.datasets import dataset_spec
+from protoseg.model import build_model
 
 
 def test_drop_in_example_runs() -> None:
@@ -15,6 +20,16 @@ def test_drop_in_example_runs() -> None:
     assert names["head"].initialized.all()
     assert names["loss"].isfinite()
     assert names["prediction"].shape[0] == 4
+
+
+def test_configs_are_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        config = config_from(yaml.safe_load(block), "README.md")
+        d = config.data
+        dataset_spec(d.name, d.classes, d.palette, d.ignore_index, d.label_map)
+        build_model(config)
 
 
 def test_named_files_exist() -> None:
