@@ -95,8 +95,9 @@ def score_run(
 def print_run(run: RunScores) -> None:
     """Per-class table, means, boundary IoU and calibration."""
     print_scores(run.measures.scores, run.title)
-    boundary, error = run.measures.boundary_iou.nanmean().item(), run.measures.calibration_error
-    print(f"boundary mIoU {100 * boundary:.2f}  expected calibration error {error:.4f}", flush=True)
+    plain = run.measures.to_plain()
+    error = "–" if plain["ECE"] is None else f"{plain['ECE']:.4f}"
+    print(f"boundary mIoU {_percent(plain['boundary_mIoU'])}  expected calibration error {error}", flush=True)
 
 
 def print_comparison(first: RunScores, second: RunScores) -> None:
