@@ -117,8 +117,15 @@ def measure(n: int, d: int, c: int, k: int, device: torch.device, repeats: int) 
     features = torch.randn(2, d, n // 2 // side, side, generator=generator).to(device).requires_grad_()
     labels = torch.randint(0, c, (2, n // 2 // side, side), generator=generator).to(device)
     labels[torch.rand(labels.shape, generator=generator).to(device) < 0.05] = IGNORE
-    values = {"logit_scale": 10.0, "momentum": 0.99}  # those of the straightforward head
-    head = PrototypeHead(d, c, k, ignore_index=IGNORE, start="random", **values).to(device)
+    head = PrototypeHead(
+        d,
+        c,
+        k,
+        ignore_index=IGNORE,
+        start="random",
+        logit_scale=10,
+        momentum=0.99,  # as the other has them
+    ).to(device)
     plain = StraightforwardHead(head.prototypes).to(device)
     pixels = features.detach().permute(0, 2, 3, 1).reshape(-1, d)
     rows = head.prototypes.flatten(0, 1).clone()
