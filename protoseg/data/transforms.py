@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torchvision.transforms.v2 import functional as F
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: about zero after normalisation, so padding looks like nothing
 CROP_TRIES = 10
@@ -68,7 +68,9 @@ class TrainTransform:
             part = label[top : top + box_h, left : left + box_w]
             if self.cat_max_ratio >= 1 or self._mixed(part):
                 break
-        image = F.resize(image[:, top : top + box_h, left : left + box_w], size, antialias=True)
+        image = image[:, top : top + box_h, left : left + box_w]
+        if size != [box_h, box_w]:
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         return image.contiguous(), _resize_label(part, size)
 
     def _mixed(self, label: torch.Tensor) -> bool:
@@ -93,8 +95,10 @@ def _random_distortion() -> tuple[float, float, float, float]:
 
     The ranges are those of SSD (Liu et al., ECCV 2016), without its channel swap: colour tells sky from road.
     """
-    chosen = (torch.rand(4) < 0.5).float()
-    brightness, contrast, saturation, hue = (chosen * (2 * torch.rand(4) - 1)).tolist()
+    chosen, strength = torch.rand(2, 4).tolist()
+    brightness, contrast, saturation, hue = (
+        2 * each - 1 if chance < 0.5 else 0.0 for chance, each in zip(chosen, strength)
+    )
     return 1 + 0.125 * brightness, 1 + 0.5 * contrast, 1 + 0.5 * saturation, 0.05 * hue
 
 
