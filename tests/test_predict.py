@@ -87,6 +87,29 @@ def test_a_bad_file_does_not_stop_the_others(
     assert sorted(path.name for path in (tmp_path / "out/labels").iterdir()) == ["a.png", "c.png"]
 
 
+def test_ctrl_c_keeps_what_was_predicted(
+    model: tuple[Path, Segmenter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, _ = model
+    calls: list[int] = []
+
+    def interrupted(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return segment(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(predicting, "segment", interrupted)
+    images = str(root / "data/images/val")
+    assert command("predict", [str(root / "last.pt"), images, "--out", str(tmp_path)]) == 130
+    assert "interrupted; what was written before is good" in capsys.readouterr().err
+    written = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert written == ["0.jpg", "0.png", "1.jpg", "1.png"]
+
+
 def test_any_kind_of_image_at_its_upright_size(model: tuple[Path, Segmenter], tmp_path: Path) -> None:
     root, _ = model
     inputs = tmp_path / "my images"
