@@ -255,6 +255,26 @@ def test_linked_folders_are_followed(tree, tmp_path):
     assert [data.name(i) for i in range(len(data))] == ["town/val0", "town/val1"]
 
 
+def test_link_to_a_folder_around_it(tree):
+    (tree / "images/train/again").symlink_to(tree / "images")
+    with pytest.raises(UserError, match=r"train/again: links to a folder that it lies in; remove the link"):
+        folder(tree)
+
+
+def test_folder_that_cannot_be_read(tree, monkeypatch):
+    scandir = os.scandir
+
+    def locked(path):  # a mode of 000 does not stop root
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (tree / "images/train/locked").mkdir()
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(UserError, match=r"train/locked: cannot read this folder \(Permission denied\)"):
+        folder(tree)
+
+
 def test_hidden_and_foreign_files_are_left_alone(tree):
     (tree / "images/train/._train0.png").write_bytes(b"junk of a file system")
     (tree / "images/train/Thumbs.db").write_bytes(b"junk")

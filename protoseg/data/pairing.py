@@ -78,7 +78,9 @@ def _stems(
     found: dict[str, Path] = {}
     twins: list[tuple[Path, Path]] = []
     strangers: dict[str, Path] = {}
-    for place, _, names in os.walk(folder, followlinks=True):
+    for place, _, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        if os.path.islink(place) and Path(place).parent.resolve().is_relative_to(Path(place).resolve()):
+            raise UserError(f"{place}: links to a folder that it lies in; remove the link")
         below = Path(place).relative_to(folder).as_posix() + "/" if place != str(folder) else ""
         for name in sorted(names):
             if name.startswith(".") or name.endswith(others):
@@ -94,6 +96,10 @@ def _stems(
             elif path not in excluded:
                 twins.append((found[stem], path))
     return found, twins, strangers
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); mend or remove it")
 
 
 def _other_ending(what: str, alone: list[str], strangers: dict[str, Path], endings: tuple[str, ...]) -> str:
