@@ -33,6 +33,7 @@ class Editing(nn.Module):
     prototypes: Tensor
     initialized: Tensor
     usage: Tensor
+    nearest_usage: Tensor
     idle: Tensor
     movement: Tensor
     dim: int
@@ -61,9 +62,7 @@ class Editing(nn.Module):
         protos_1KD, placed_1K = self._start(emb_ND, labels_N, fresh_1KD, wanted_1K)
         if not placed_1K.any():
             raise ValueError(f"add_class: no pixel is labelled as the new class {num_classes}")
-        grown = [
-            torch.cat([old, torch.zeros_like(old[:1])]) for old in (self.usage, self.idle, self.movement)
-        ]
+        grown = [torch.cat([old, torch.zeros_like(old[:1])]) for old in self._counters()]
         protos_CKD = torch.cat([self.prototypes, protos_1KD.to(self.prototypes)])
         live_C = torch.cat([self.initialized, placed_1K[:, 0]])
         self._replace(protos_CKD, live_C, *grown)
@@ -100,7 +99,7 @@ class Editing(nn.Module):
             )
             self.prototypes[into] = merged_1KD[0] if len(live) == 2 else self.prototypes[live[0]]
             self.initialized[into] = True
-        for counter in (self.usage, self.idle, self.movement):
+        for counter in self._counters():
             counter[into] = 0
         self.remove_class(other)
 
@@ -142,10 +141,8 @@ class Editing(nn.Module):
             wanted_CK = torch.ones_like(protos_CKD[..., 0], dtype=torch.bool)
             protos_CKD, placed_CK = self._start(self.embed(features), labels_N, protos_CKD, wanted_CK)
             live_C = live_C | placed_CK.any(1)
-        zeros_CK = torch.zeros_like(protos_CKD[..., 0], dtype=self.usage.dtype)
-        self._replace(
-            protos_CKD.to(self.prototypes.dtype), live_C, zeros_CK, zeros_CK.to(torch.int64), zeros_CK.clone()
-        )
+        zeros = [old.new_zeros(num_classes, num_prototypes) for old in self._counters()]
+        self._replace(protos_CKD.to(self.prototypes.dtype), live_C, *zeros)
 
     @torch.no_grad()
     def refit(self, batches: Iterable[tuple[Tensor, Tensor]], rounds: int = 3) -> None:
@@ -220,12 +217,15 @@ class Editing(nn.Module):
         )
 
     def _state(self) -> tuple[Tensor, ...]:
-        return self.prototypes, self.initialized, self.usage, self.idle, self.movement
+        return self.prototypes, self.initialized, *self._counters()
+
+    def _counters(self) -> tuple[Tensor, ...]:
+        return self.usage, self.nearest_usage, self.idle, self.movement
 
     def _replace(self, *state: Tensor) -> None:
-        self.prototypes, self.initialized, self.usage, self.idle, self.movement = (
-            each.contiguous() for each in state
-        )
+        names = ("prototypes", "initialized", "usage", "nearest_usage", "idle", "movement")
+        for name, each in zip(names, state, strict=True):
+            setattr(self, name, each.contiguous())
 
     def _resize_norm(self, keep: Tensor, added: int) -> None:
         """LayerNorm's numbers for the classes `keep`, then `added` new ones."""

@@ -264,14 +264,14 @@ def health_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     """State of the prototypes at each evaluation (lines of metrics.jsonl): mean and range over classes."""
     lines = [line for line in lines if "prototype_health" in line]
     titles = {
-        "effective_k": "effective K in clustering",
-        "mean_intra_cosine": "intra-class cosine",
+        "effective_k": "effective K\nin clustering",
+        "in_use": "effective K\nof the nearest",
+        "mean_intra_cosine": "intra-class\ncosine",
         "churn": "churn",
-        "dead": "dead prototypes",
+        "dead": "dead\nprototypes",
     }
-
     figure = Figure(figsize=(7.0, 1.9), layout="constrained", dpi=DPI)
-    for axes, (key, title) in zip(figure.subplots(1, 4), titles.items()):
+    for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items()):
         values = np.array([line["prototype_health"][key] for line in lines], dtype=np.float64)
         known = ~np.isnan(values).all(1)
         values, steps = values[known], np.array([line["step"] for line in lines])[known]

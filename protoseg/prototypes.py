@@ -53,6 +53,7 @@ class TrainingOutput:
     ppc: Tensor  # 0-d
     ppd: Tensor  # 0-d
     assignment: Tensor  # (B, h, w) int64, the pixel's prototype within its class, −1 where it takes no part
+    nearest: Tensor  # (B, h, w) int64, the nearest prototype of the pixel's class
     labels: Tensor  # (B, h, w) int64, −1 where the pixel takes no part
     moves: Tensor  # (B, h, w) bool, whether the pixel moves its prototype (`update_pixels`)
     embedding: Tensor  # (N, D) detached, unit length
@@ -77,6 +78,7 @@ class PrototypeHead(Editing):
     prototypes: Tensor
     initialized: Tensor
     usage: Tensor
+    nearest_usage: Tensor
     idle: Tensor
     movement: Tensor
 
@@ -128,6 +130,7 @@ class PrototypeHead(Editing):
         self.register_buffer("prototypes", unit(torch.randn(num_classes, num_prototypes, dim)))
         self.register_buffer("initialized", torch.full((num_classes,), start == "random"))
         self.register_buffer("usage", torch.zeros(num_classes, num_prototypes))
+        self.register_buffer("nearest_usage", torch.zeros(num_classes, num_prototypes))
         self.register_buffer("idle", torch.zeros(num_classes, num_prototypes, dtype=torch.int64))
         self.register_buffer("movement", torch.zeros(num_classes, num_prototypes))
         if score_norm == "layer_norm":
@@ -207,6 +210,7 @@ class PrototypeHead(Editing):
                 ppc_loss(log_sum_exp_N, positive_N, labelled_N, self.temperature, scale),
                 ppd_loss(positive_N, labelled_N, scale),
                 assignment_N.view_as(labels),
+                own_NK.detach().argmax(1).view_as(labels),
                 labels_N.view_as(labels),
                 moves_N.view_as(labels),
                 emb_ND.detach(),
@@ -219,6 +223,7 @@ class PrototypeHead(Editing):
         sums_CKD = torch.zeros_like(self.prototypes)
         moving_CK = torch.zeros_like(self.usage)
         counts_CK = torch.zeros_like(self.usage)
+        nearest_CK = torch.zeros_like(self.usage)
         for out in outs:
             labels_N, assignment_N = out.labels.flatten(), out.assignment.flatten()
             moving_N = torch.where(out.moves.flatten(), assignment_N, -1)
@@ -226,13 +231,15 @@ class PrototypeHead(Editing):
             sums_CKD = sums_CKD + cluster_sums(out.embedding, labels_N, moving_N, *sizes)
             moving_CK = moving_CK + cluster_counts(labels_N, moving_N, *sizes, moving_CK.dtype)
             counts_CK = counts_CK + cluster_counts(labels_N, assignment_N, *sizes, counts_CK.dtype)
-        if self.all_reduce is not None:
-            flat = torch.cat([sums_CKD.flatten(), moving_CK.flatten(), counts_CK.flatten()])
-            parts = self.all_reduce(flat, "sum").split(
-                [sums_CKD.numel(), moving_CK.numel(), counts_CK.numel()]
+            nearest_CK = nearest_CK + cluster_counts(
+                labels_N, out.nearest.flatten(), *sizes, nearest_CK.dtype
             )
-            sums_CKD, moving_CK, counts_CK = (
-                part.view_as(like) for part, like in zip(parts, (sums_CKD, moving_CK, counts_CK))
+        if self.all_reduce is not None:
+            own = (sums_CKD, moving_CK, counts_CK, nearest_CK)
+            joined = self.all_reduce(torch.cat([part.flatten() for part in own]), "sum")
+            parts = joined.split([part.numel() for part in own])
+            sums_CKD, moving_CK, counts_CK, nearest_CK = (
+                part.view_as(like) for part, like in zip(parts, own)
             )
         moved_CKD = momentum_update(self.prototypes, divided(sums_CKD, moving_CK), moving_CK, self.momentum)
         step_CK = (moved_CKD - self.prototypes).norm(dim=-1)
@@ -241,7 +248,8 @@ class PrototypeHead(Editing):
         # A class that is absent, or has fewer pixels than prototypes, says nothing against any of them.
         idle_CK = torch.where(pixels_C1 >= num_prototypes, self.idle + 1, self.idle)
         self.idle.copy_(torch.where(counts_CK > 0, 0, idle_CK))
-        self.usage.copy_(torch.where(present_C1, MEMORY * self.usage + counts_CK, self.usage))
+        for usage_CK, seen_CK in ((self.usage, counts_CK), (self.nearest_usage, nearest_CK)):
+            usage_CK.copy_(torch.where(present_C1, MEMORY * usage_CK + seen_CK, usage_CK))
         mean_step_CK = MEMORY * self.movement + (1 - MEMORY) * step_CK
         self.movement.copy_(torch.where(present_C1, mean_step_CK, self.movement))
         self.prototypes.copy_(moved_CKD)
@@ -274,10 +282,11 @@ class PrototypeHead(Editing):
 
     @torch.no_grad()
     def health(self) -> Health:
-        """Per-class state of the prototypes: effective K, cosines within a class, dead ones, churn."""
+        """Per-class state of the prototypes: effective K, how many are in use, cosines, dead ones, churn."""
         return health(
             self.prototypes,
             self.usage,
+            self.nearest_usage,
             self.idle,
             self.movement,
             self.initialized,

@@ -65,7 +65,7 @@ class RunLog:
     ) -> None:
         """TensorBoard: pictures of the prototypes of the most frequent classes, all in the projector."""
         protos_CKD = head.prototypes.float().cpu().numpy()
-        usage_CK = head.usage.double().cpu().numpy()
+        usage_CK = head.nearest_usage.double().cpu().numpy()
         share_CK = usage_CK / usage_CK.sum(1, keepdims=True).clip(1e-12)
         often = np.argsort(-usage_CK.sum(1), kind="stable")
         live = often[head.initialized.cpu().numpy()[often]].tolist()
@@ -165,6 +165,7 @@ def health_line(health: dict[str, list[float | None]]) -> str:
     dead = sum(int(value or 0) for value in health["dead"])
     return (
         f"prototypes: effective K {mean_of_known(health['effective_k']):.1f}"
+        f"  in use {mean_of_known(health['in_use']):.1f}"
         f"  intra-class cosine mean {mean_of_known(health['mean_intra_cosine']):.2f}"
         f" max {max((v for v in health['max_intra_cosine'] if v is not None), default=float('nan')):.2f}"
         f"  dead {dead}  churn {mean_of_known(health['churn']):.3f}"

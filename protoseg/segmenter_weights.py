@@ -59,7 +59,7 @@ def take_prototypes(head: PrototypeHead) -> list[str]:
 
 
 # The model predicts the same without them.
-OPTIONAL = re.compile(r"decode_head\.auxiliary\..+|classifier\.(usage|idle|movement|initialized)")
+OPTIONAL = re.compile(r"decode_head\.auxiliary\..+|classifier\.((nearest_)?usage|idle|movement|initialized)")
 
 
 def require_complete(report: Report) -> None:

@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from protoseg.visualize import mean_of_known
 
-COLUMNS = ("mIoU", "effective_k", "mean_intra_cosine", "churn", "parameters", "seconds_per_step")
+HEALTH = ("effective_k", "in_use", "mean_intra_cosine", "churn")
+COLUMNS = ("mIoU", *HEALTH, "parameters", "seconds_per_step")
 LINEAR, PROTOTYPES = "#d55e00", "#0072b2"  # vermilion and blue: apart for every eye, and in grey
 
 
@@ -39,7 +40,7 @@ def read_record(row: str, seed: int, folder: Path) -> Record:
     health = results.get("prototype_health", {})
     values = {
         "mIoU": results["mIoU"],
-        **{key: mean_of_known(health.get(key, [])) for key in ("effective_k", "mean_intra_cosine", "churn")},
+        **{key: mean_of_known(health.get(key, [])) for key in HEALTH},
         "parameters": results["parameters"],
         "seconds_per_step": results["seconds"] / results["step"],
     }
@@ -60,14 +61,15 @@ def to_csv(records: Sequence[Record]) -> str:
 def to_markdown(rows: Sequence[str], records: Sequence[Record]) -> str:
     """One line per row of the sweep: mean ± sample standard deviation over its seeds."""
     lines = [
-        "| | mIoU % | effective K | intra-class cosine | churn | parameters (M) | s/step | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | mIoU % | effective K | in use | intra-class cosine | churn | parameters (M) | s/step | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         runs = [record.values for record in records if record.row == row]
         cells = [
             mean_sd([100 * run["mIoU"] for run in runs], 1),
             mean_sd([run["effective_k"] for run in runs], 1),
+            mean_sd([run["in_use"] for run in runs], 1),
             mean_sd([run["mean_intra_cosine"] for run in runs], 2),
             mean_sd([run["churn"] for run in runs], 4, spread=False),
             mean_sd([run["parameters"] / 1e6 for run in runs], 3, spread=False),

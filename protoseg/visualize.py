@@ -132,13 +132,16 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     axes[1].set(title="validation mIoU", xlabel="step", ylim=(0, 1))
     if with_health:
         steps = [line["step"] for line in with_health]
-        for name, title in (("effective_k", "effective K"), ("mean_intra_cosine", "mean intra-class cosine")):
-            values = [mean_of_known(line["prototype_health"][name]) for line in with_health]
-            target = axes[2] if name == "effective_k" else axes[2].twinx()
-            colour = "C0" if name == "effective_k" else "C1"
-            target.plot(steps, values, marker="o", markersize=3, color=colour)
+        for target, colour, title, names in (
+            (axes[2], "C0", "effective K (dashed: of the nearest)", ("effective_k", "in_use")),
+            (axes[2].twinx(), "C1", "mean intra-class cosine", ("mean_intra_cosine",)),
+        ):
+            for name, dashes in zip(names, ("-", "--")):
+                values = [mean_of_known(line["prototype_health"][name]) for line in with_health]
+                target.plot(steps, values, dashes, marker="o", markersize=3, color=colour)
             target.set_ylabel(title, color=colour)
-            target.set_ylim(0, 1.1 * max((value for value in values if value == value), default=1.0))
+            top = target.dataLim.y1
+            target.set_ylim(0, 1.1 * top if 0 < top < np.inf else 1.1)
         axes[2].set(title="prototypes (mean over classes)", xlabel="step")
     for each in axes:
         each.spines[["top"]].set_visible(False)

@@ -238,6 +238,7 @@ def test_health_by_hand():
     got = health(
         protos,
         torch.tensor([[5.0, 5.0], [8.0, 0.0]]),
+        torch.tensor([[10.0, 0.0], [3.0, 3.0]]),
         torch.tensor([[0, 0], [0, 100]]),
         torch.tensor([[0.1, 0.3], [0.0, 0.0]]),
         torch.tensor([True, True]),
@@ -245,6 +246,7 @@ def test_health_by_hand():
     )
     plain = got.to_plain()
     assert plain["effective_k"] == pytest.approx([2.0, 1.0])
+    assert plain["in_use"] == pytest.approx([1.0, 2.0])
     assert plain["mean_intra_cosine"] == pytest.approx([0.0, 1.0])
     assert plain["dead"] == [0.0, 1.0]
     assert plain["churn"] == pytest.approx([0.2, 0.0])
@@ -266,7 +268,7 @@ def pipeline(emb, protos, labels, kappa=0.05):
     results |= {"update": momentum_update(protos, means, counts, 0.9)}
     usage = torch.ones(classes, count, dtype=started.dtype)
     alive = torch.ones(classes, dtype=torch.bool)
-    results |= health(protos.to(usage.dtype), usage, usage.long(), usage, alive, 5)._asdict()
+    results |= health(protos.to(usage.dtype), usage, usage, usage.long(), usage, alive, 5)._asdict()
     return results | {"assignment": assignment, "placed": placed}
 
 

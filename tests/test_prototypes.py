@@ -68,6 +68,8 @@ def test_one_step_is_the_equations(update_pixels, classes_in_batch):
     absent = torch.arange(4) >= classes_in_batch
     assert torch.equal(head.prototypes[absent], before[absent])
     assert not head.usage[absent].any()
+    nearest = torch.stack([torch.bincount(own[label == c].argmax(1), minlength=3) for c in range(4)])
+    assert torch.equal(head.nearest_usage.long(), nearest)
 
 
 @pytest.mark.parametrize(

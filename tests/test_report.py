@@ -24,7 +24,7 @@ def head() -> PrototypeHead:
     """Class 0 has used its second prototype three times as often as its first; class 2 was never seen."""
     torch.manual_seed(0)
     made = PrototypeHead(4, 3, 2, start="random")
-    made.usage.copy_(torch.tensor([[10.0, 30.0], [1.0, 1.0], [0.0, 0.0]]))
+    made.nearest_usage.copy_(torch.tensor([[10.0, 30.0], [1.0, 1.0], [0.0, 0.0]]))
     made.initialized[2] = False
     return made
 

@@ -267,6 +267,7 @@ def record(row: str, seed: int, k: int | None, miou: float, parameters: float = 
         {
             "mIoU": miou,
             "effective_k": health,
+            "in_use": health,
             "mean_intra_cosine": nan,
             "churn": health,
             "parameters": parameters,
@@ -278,10 +279,10 @@ def record(row: str, seed: int, k: int | None, miou: float, parameters: float = 
 def test_tables() -> None:
     records = [record("K=1", 0, 1, 0.5), record("K=1", 1, 1, 0.52), record("linear", 0, None, 0.4)]
     lines = to_markdown(["linear", "K=1", "K=9"], records).splitlines()
-    assert lines[2] == "| linear | 40.0 | – | – | – | 1.000 | 0.500 | 1 |"
-    assert lines[3] == "| K=1 | 51.0 ± 1.4 | 1.0 ± 0.0 | – | 1.0000 | 1.000 | 0.500 | 2 |"
-    assert lines[4] == "| K=9 | – | – | – | – | – | – | 0 |"
-    assert to_csv(records).splitlines()[3] == "linear,0,0.4,,,,1000000.0,0.5"
+    assert lines[2] == "| linear | 40.0 | – | – | – | – | 1.000 | 0.500 | 1 |"
+    assert lines[3] == "| K=1 | 51.0 ± 1.4 | 1.0 ± 0.0 | 1.0 ± 0.0 | – | 1.0000 | 1.000 | 0.500 | 2 |"
+    assert lines[4] == "| K=9 | – | – | – | – | – | – | – | 0 |"
+    assert to_csv(records).splitlines()[3] == "linear,0,0.4,,,,,1000000.0,0.5"
     assert mean_sd([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
 
 

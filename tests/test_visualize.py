@@ -33,7 +33,7 @@ from protoseg.figures import (
 )
 from protoseg.model import Segmenter
 from protoseg.official import OfficialHead
-from protoseg.prototypes import PrototypeHead
+from protoseg.prototypes import Health, PrototypeHead
 from protoseg.visualize import (
     ONLY_FIRST,
     ONLY_SECOND,
@@ -284,7 +284,7 @@ def test_figures_show_their_numbers() -> None:
     bars, effective = assignment_figure(share, ["a", "b"], ((200, 0, 0), (0, 0, 200))).axes
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([75, 100, 25, 0])
     assert effective.lines[0].get_xdata() == pytest.approx([np.exp(0.5623), 1.0], abs=1e-3)
-    health = {key: [1.0, None, 3.0] for key in ("effective_k", "mean_intra_cosine", "churn", "dead")}
+    health = {key: [1.0, None, 3.0] for key in Health._fields}
     axes = health_figure([{"step": s, "prototype_health": health} for s in (1, 2)]).axes
     assert axes[0].lines[0].get_ydata().tolist() == [2.0, 2.0]
     image, ids = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), int)
@@ -346,7 +346,7 @@ def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_curves_of_a_run_in_which_nothing_is_known_yet() -> None:
-    health = {"effective_k": [None, None], "mean_intra_cosine": [None, None]}
+    health = {"effective_k": [None, None], "in_use": [None, None], "mean_intra_cosine": [None, None]}
     lines = [
         {"kind": "train", "step": 1, "loss": 1.0, "ce": 1.0},
         {"kind": "eval", "step": 1, "mIoU": float("nan"), "prototype_health": health},
