@@ -162,7 +162,7 @@ class PrototypeHead(Editing):
                 score_dtype=self.score_dtype,
                 chunk_size=self.chunk_size,
             )
-            logits = self._logits(scores_NC, features)
+            logits = self._as_map(self._logits(scores_NC), features)
             if not return_distance:
                 return logits
             batch, _, height, width = features.shape
@@ -178,12 +178,15 @@ class PrototypeHead(Editing):
         with torch.autocast(features.device.type, enabled=False):
             emb_ND = self.embed(features)
             labels_N = self._valid_labels(features, labels)
+            plain = self.score_norm == "scale"
             scores_NC, own_NK, log_sum_exp_N = prototype_scores(
                 emb_ND,
                 self.prototypes.to(emb_ND.dtype),
                 labels_N,
                 self.temperature,
                 self.initialized,
+                scale=self.logit_scale if plain else 1.0,
+                not_live=NOT_LIVE if plain else -1.0,
                 score_dtype=self.score_dtype,
                 chunk_size=self.chunk_size,
             )
@@ -201,7 +204,7 @@ class PrototypeHead(Editing):
                 scale = loss_scale([labels_N], -1, all_reduce=self.all_reduce)
             scale = scale.to(emb_ND.dtype)
             positive_N = own_NK.gather(1, assignment_N.clamp(min=0)[:, None])[:, 0]
-            logits = self._logits(scores_NC, features)
+            logits = self._as_map(scores_NC if plain else self._logits(scores_NC), features)
             moves_N = labelled_N
             if self.update_pixels == "correct":
                 moves_N = labelled_N & (logits.detach().argmax(1).flatten() == labels_N)
@@ -324,9 +327,13 @@ class PrototypeHead(Editing):
             labels_N = torch.where(self.initialized[labels_N.clamp(min=0)], labels_N, -1)
         return labels_N
 
-    def _logits(self, scores_NC: Tensor, features: Tensor) -> Tensor:
-        """Scores (N, C) scaled or normalised, as a map (B, C, h, w)."""
+    def _as_map(self, logits_NC: Tensor, features: Tensor) -> Tensor:
+        """(N, C) as a map (B, C, h, w)."""
         batch, _, height, width = features.shape
+        return logits_NC.t().view(self.num_classes, batch, height, width).transpose(0, 1)
+
+    def _logits(self, scores_NC: Tensor) -> Tensor:
+        """Cosines (N, C) scaled or normalised."""
         scores_CN = scores_NC.t()  # this is how they lie in memory
         live_C1 = self.initialized[:, None]
         shown_C1 = live_C1.to(scores_CN.dtype)
@@ -340,8 +347,7 @@ class PrototypeHead(Editing):
         else:
             shown_C1 = shown_C1 * self.logit_scale
             fill_C1 = NOT_LIVE * (~live_C1).to(scores_CN.dtype)
-        logits_CN = torch.addcmul(fill_C1.to(scores_CN.dtype), scores_CN, shown_C1)
-        return logits_CN.view(self.num_classes, batch, height, width).transpose(0, 1)
+        return torch.addcmul(fill_C1.to(scores_CN.dtype), scores_CN, shown_C1).t()
 
     def _apply(self, fn: object, recurse: bool = True) -> "PrototypeHead":
         super()._apply(fn, recurse)

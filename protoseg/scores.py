@@ -14,6 +14,7 @@ from torch import Tensor
 MIN_NORM = 1e-6  # below this a vector has no direction
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # similarities at a time, by device
 BLOCK = 1024  # pixels that are transposed at a time
+GATHERED_BYTES = 3 * 2**19  # of the table of prototypes at a time: about what a core keeps near
 SMALLEST_CHUNK, LARGEST_CHUNK = {"cpu": 512, "cuda": 4096}, {"cpu": 2048, "cuda": 2**18}  # pixels
 
 
@@ -84,7 +85,7 @@ class _UnitRows(torch.autograd.Function):
 class Scores(NamedTuple):
     """What `prototype_scores` returns."""
 
-    classes_NC: Tensor  # max over k of iᵀp_ck; −1 for classes that are not live
+    classes_NC: Tensor  # scale · max over k of iᵀp_ck; not_live for classes that are not live
     own_NK: Tensor  # iᵀp_yk for the pixel's own class y; class 0 where the label is −1
     log_sum_exp_N: Tensor  # log Σ exp(iᵀp/τ) over the prototypes of all live classes
 
@@ -130,6 +131,8 @@ def prototype_scores(
     temperature: float = 0.1,
     live_C: Tensor | None = None,
     *,
+    scale: float = 1.0,
+    not_live: float = -1.0,
     score_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
 ) -> Scores:
@@ -137,8 +140,8 @@ def prototype_scores(
 
     emb_ND, protos_CKD: unit length; half types are promoted to float32, double stays double, and the
     prototypes follow the embeddings. labels_N: integer, −1 takes no part. live_C: bool, classes that have
-    prototypes (default all). score_dtype: of the products with all M prototypes, for example bfloat16 on a
-    GPU; own_NK and all sums are in the dtype of emb_ND nevertheless.
+    prototypes (default all). scale, not_live: see `Scores`. score_dtype: of the products with all M
+    prototypes, for example bfloat16 on a GPU; own_NK and all sums are in the dtype of emb_ND nevertheless.
     chunk_size: pixels at a time (default from the sizes). Memory: O(N·(C + K + D)) held for backward, n·M
     in passing. The gradient goes to emb_ND only; of prototypes that tie for the maximum the first one gets
     it.
@@ -148,7 +151,15 @@ def prototype_scores(
     emb_ND = at_least_single(emb_ND)
     with torch.autocast(emb_ND.device.type, enabled=False):
         classes_CN, own_NK, log_sum_exp_N = _PrototypeScores.apply(
-            emb_ND, protos_CKD.to(emb_ND.dtype), labels_N.long(), live_C, temperature, score_dtype, chunk_size
+            emb_ND,
+            protos_CKD.to(emb_ND.dtype),
+            labels_N.long(),
+            live_C,
+            temperature,
+            scale,
+            not_live,
+            score_dtype,
+            chunk_size,
         )
     return Scores(classes_CN.t(), own_NK, log_sum_exp_N)
 
@@ -168,6 +179,8 @@ class _PrototypeScores(torch.autograd.Function):
         labels_N: Tensor,
         live_C: Tensor,
         temperature: float,
+        scale: float,
+        not_live: float,
         score_dtype: torch.dtype | None,
         chunk_size: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +190,8 @@ class _PrototypeScores(torch.autograd.Function):
         shown_C = torch.where(live_C, torch.arange(num_classes, device=live_C.device), live_C.int().argmax())
         weight_M = live_C.to(emb_ND.dtype).repeat(num_prototypes)
         rows_MD = _k_major(protos_CKD[shown_C] / temperature, score_dtype)
-        scale_C1 = temperature * live_C[:, None].to(emb_ND.dtype)
-        lowest_C1 = -(~live_C[:, None]).to(emb_ND.dtype)
+        scale_C1 = scale * temperature * live_C[:, None].to(emb_ND.dtype)
+        lowest_C1 = not_live * (~live_C[:, None]).to(emb_ND.dtype)
         weighted_MD = rows_MD * weight_M[:, None].to(rows_MD.dtype)
         own_from_product = rows_MD.dtype == emb_ND.dtype
         label_N = labels_N.clamp(min=0)
@@ -197,33 +210,40 @@ class _PrototypeScores(torch.autograd.Function):
         )
         lse_grad_ND = emb_ND.new_empty(num_pixels if with_grad else 0, dim)
         chunk = _chunk(emb_ND, len(rows_MD), chunk_size)
+        # The big buffers are made once: fresh memory for each chunk can cost more than the product itself.
+        product_X = rows_MD.new_empty(len(rows_MD) * min(chunk, num_pixels))
+        is_top_X = torch.empty_like(product_X, dtype=torch.bool)
         for start in range(0, num_pixels, chunk):
             at = slice(start, min(start + chunk, num_pixels))
             size = at.stop - start
-            sims_Mn = (rows_MD @ emb_ND[at].to(rows_MD.dtype).t()).to(emb_ND.dtype)  # divided by τ
+            product_Mn = product_X[: len(rows_MD) * size].view(-1, size)
+            torch.mm(rows_MD, emb_ND[at].to(rows_MD.dtype).t(), out=product_Mn)
+            sims_Mn = product_Mn.to(emb_ND.dtype)  # divided by τ
             sims_KCn = sims_Mn.view(num_prototypes, num_classes, size)
             top_Cn = sims_KCn.amax(0)
-            classes_CN[:, at] = torch.addcmul(lowest_C1, top_Cn, scale_C1)
+            torch.addcmul(lowest_C1, top_Cn, scale_C1, out=classes_CN[:, at])
             if own_from_product:
                 index_K1n = label_N[at].expand(num_prototypes, 1, size)
                 own_NK[at] = sims_KCn.gather(1, index_K1n)[:, 0].t() * temperature
             else:
                 own_NK[at] = (protos_CKD[label_N[at]] @ emb_ND[at, :, None])[..., 0]
             if with_grad:
-                code_Cn = ((sims_KCn == top_Cn).view(torch.int8) * code_K11).amax(0)
+                is_top_KCn = torch.ge(sims_KCn, top_Cn, out=is_top_X[: sims_KCn.numel()].view_as(sims_KCn))
+                code_Cn = (is_top_KCn.view(torch.int8) * code_K11).amax(0)
                 best_CN[:, at] = (num_prototypes - code_Cn).clamp(max=num_prototypes - 1)
             shift_n = top_Cn.amax(0)
             exp_Mn = sims_Mn.sub_(shift_n).exp_()
             sum_n = (weight_M @ exp_Mn).clamp(min=torch.finfo(emb_ND.dtype).tiny)  # 0 if no class is live
             log_sum_exp_N[at] = sum_n.log() + shift_n
             if with_grad:
-                lse_grad_ND[at] = exp_Mn.to(rows_MD.dtype).t() @ weighted_MD
-                lse_grad_ND[at] /= sum_n[:, None]
+                lse_grad_nD = exp_Mn.to(rows_MD.dtype).t() @ weighted_MD
+                torch.div(lse_grad_nD, sum_n[:, None], out=lse_grad_ND[at])
         own_NK.masked_fill_(~live_C[label_N][:, None], -1.0)
         # Row c·K + k; a copy, so that the prototypes may move before backward.
         table_MD = (protos_CKD * live_C[:, None, None]).flatten(0, 1)
         ctx.save_for_backward(lse_grad_ND, best_CN, label_N, table_MD)
         ctx.num_prototypes = num_prototypes
+        ctx.scale = scale
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
         return classes_CN, own_NK, log_sum_exp_N
@@ -235,27 +255,36 @@ class _PrototypeScores(torch.autograd.Function):
         num_prototypes = ctx.num_prototypes
         first_C = torch.arange(0, len(table_MD), num_prototypes, device=table_MD.device, dtype=torch.int32)
         k_K = torch.arange(num_prototypes, device=table_MD.device)
+        per_block = max(1, GATHERED_BYTES // table_MD[:num_prototypes].nbytes)
         grad_ND = torch.zeros_like(lse_grad_ND) if grad_lse_N is None else lse_grad_ND * grad_lse_N[:, None]
         for start in range(0, len(grad_ND), ctx.chunk):
             at = slice(start, min(start + ctx.chunk, len(grad_ND)))
             if grad_CN is not None:
                 row_Cn = first_C[:, None] + best_CN[:, at]
-                grad_ND[at] += _weighted_rows(table_MD, row_Cn.t(), grad_CN[:, at].contiguous().t())
+                grad_ND[at].add_(_weighted_rows(table_MD, row_Cn, grad_CN[:, at], per_block), alpha=ctx.scale)
             if grad_own_NK is not None:
-                row_nK = label_N[at, None] * num_prototypes + k_K
-                grad_ND[at] += _weighted_rows(table_MD, row_nK, grad_own_NK[at])
-        return grad_ND, None, None, None, None, None, None
+                row_Kn = label_N[at] * num_prototypes + k_K[:, None]
+                grad_ND[at] += _weighted_rows(table_MD, row_Kn, grad_own_NK[at].t(), num_prototypes)
+        return grad_ND, *[None] * 8
 
 
-def _weighted_rows(table_MD: Tensor, row_nJ: Tensor, weight_nJ: Tensor) -> Tensor:
-    """Σ over j of weight_nj · table[row_nj]. No row may come twice for one n."""
+def _weighted_rows(table_MD: Tensor, row_Jn: Tensor, weight_Jn: Tensor, per_block: int) -> Tensor:
+    """Σ over j of weight_jn · table[row_jn] (n, D). No row may come twice for one n.
+
+    per_block: how many j a CPU takes at a time. Where row_j lies in a part of the table of its own, a block
+    of that part stays in the cache for all pixels.
+    """
     if table_MD.is_cuda:
         # Matrix units multiply the zeros faster than a GPU gathers n·J rows.
-        dense_nM = weight_nJ.new_zeros(len(row_nJ), len(table_MD)).scatter_(1, row_nJ.long(), weight_nJ)
-        return dense_nM @ table_MD
-    return F.embedding_bag(
-        row_nJ.contiguous(), table_MD, per_sample_weights=weight_nJ.contiguous(), mode="sum"
-    )
+        dense_Mn = weight_Jn.new_zeros(len(table_MD), row_Jn.shape[1]).scatter_(0, row_Jn.long(), weight_Jn)
+        return dense_Mn.t() @ table_MD
+    parts = [
+        F.embedding_bag(
+            rows.t().contiguous(), table_MD, per_sample_weights=weights.t().contiguous(), mode="sum"
+        )
+        for rows, weights in zip(row_Jn.split(per_block), weight_Jn.split(per_block))
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _k_major(protos_CKD: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -11,6 +11,7 @@ from helpers import (
     unit_vectors,
 )
 
+from protoseg import scores
 from protoseg.clustering import (
     assign,
     cluster_means,
@@ -37,15 +38,18 @@ def case(n, d, c, k, dtype=torch.double, seed=0):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("all_live", [True, False])
-def test_scores_and_their_gradient(sizes, chunk_size, all_live):
+def test_scores_and_their_gradient(sizes, chunk_size, all_live, monkeypatch):
+    if chunk_size:
+        monkeypatch.setattr(scores, "GATHERED_BYTES", 8 * 2 * sizes[1] * sizes[3])  # two classes at a time
     emb, protos, labels = case(*sizes)
     live = torch.ones(sizes[2], dtype=torch.bool)
     if not all_live and sizes[2] > 1:
         live[0] = False
     emb.requires_grad_()
-    got = prototype_scores(emb, protos, labels, 0.1, live, chunk_size=chunk_size)
+    got = prototype_scores(emb, protos, labels, 0.1, live, scale=7, not_live=-30, chunk_size=chunk_size)
     expected = brute_scores(emb, protos, labels, 0.1, live)
-    for name, a, b, axes in zip(got._fields, got, expected, ("NC", "NK", "N")):
+    logits = torch.where(live, 7 * expected[0], -30)
+    for name, a, b, axes in zip(got._fields, got, (logits, *expected[1:]), ("NC", "NK", "N")):
         assert_close_report(a, b, name, axes, 1e-12)
         weight = torch.randn(a.shape, generator=torch.Generator().manual_seed(3), dtype=a.dtype)
         grads = [
