@@ -127,7 +127,7 @@ def predict_command(arguments: Sequence[str]) -> None:
         raise UserError(
             f"{len(failures)} of {len(sources)} inputs could not be read; the others are in {args.out}"
         )
-    print(f"{len(sources)} inputs: results are in {args.out}")
+    print(f"{len(sources)} done: results are in {args.out}")
 
 
 def import_weights_command(arguments: Sequence[str]) -> None:

@@ -180,7 +180,7 @@ def clock(seconds: float) -> str:
 
 def print_scores(scores: Scores, title: str) -> None:
     """Per-class table with the means below it."""
-    table = Table(title=title, show_edge=False, pad_edge=False)
+    table = Table(show_edge=False, pad_edge=False)
     table.add_column("class")
     for name in ("IoU", "Acc", "pixels"):
         table.add_column(name, justify="right")
@@ -191,8 +191,8 @@ def print_scores(scores: Scores, title: str) -> None:
     ):
         table.add_row(name, _percent(iou), _percent(accuracy), f"{100 * count / total:.2f} %")
     plain = scores.to_plain()
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table)
+    print(title)  # not the table's own, which would be folded to the table's width
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
     absent = [name for name, iou in plain["IoU"].items() if iou is None]
     note = f"  (absent, left out of the mean: {', '.join(absent)})" if absent else ""
     print(
