@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protoseg.config import UserError
+
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -15,8 +17,14 @@ def setup() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun: process {local_rank} has no GPU, this machine has {torch.cuda.device_count()};"
+            " lower --nproc-per-node"
+        )
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, for every command alike, here and nowhere else
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     return device

@@ -1,13 +1,16 @@
 """The arrows of the README's architecture section, kept by reading imports."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 # A file imports only from its left; files in one group do not import each other.
 ORDER = [
-    ["config", "distributed"],
+    ["config"],
+    ["distributed"],
     ["data"],
     ["maps"],
     ["mit", "hrnet", "swin", "timm_features"],
@@ -109,3 +112,12 @@ STANDARD = {
 def test_no_grab_bag() -> None:
     bad = [p for p in Path("protoseg").rglob("*.py") if p.stem in {"utils", "helpers", "misc", "common"}]
     assert not bad, f"{bad}: a helper lives with its user"
+
+
+def test_the_head_and_the_contrast_need_torch_alone() -> None:
+    program = (
+        "import sys; from protoseg import PrototypeHead; import protoseg.contrast, protoseg.losses;"
+        "print([m for m in ('timm', 'torchvision', 'yaml', 'pydantic', 'PIL', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
