@@ -90,7 +90,7 @@ class PrototypesConfig(Section):
 
 
 class ContrastConfig(Section):
-    """Cross-image pixel contrast (ICCV 2021), beside either classifier; the numbers are the paper's."""
+    """Cross-image pixel contrast (ICCV 2021), beside either classifier; counts, τ and λ are the paper's."""
 
     mode: Literal["none", "intra_image", "batch", "memory"] = "none"
     memory: Literal["pixel", "region", "both"] = "both"
@@ -220,6 +220,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text()
     except OSError as error:
         raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is no text file; give a YAML file") from None
     values = _parse_yaml(text, str(path))
     if values is None:
         values = {}
@@ -229,6 +231,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         values = merge(values, parse_override(override))
     return config_from(values, str(path))
+
+
+def merge_into_trained(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration of a trained model with overrides, which may change data and precision only.
+
+    Errors: UserError naming the override.
+    """
+    for override in overrides:
+        if not override.startswith(("data.", "train.precision=")):
+            raise UserError(
+                f"override {override!r}: the model is trained already; only data.* and train.precision"
+                " can be changed"
+            )
+        config = config_from(merge(to_plain(config), parse_override(override)), f"override {override!r}")
+    return config
 
 
 def config_from(values: dict[str, Any], where: str) -> Config:

@@ -15,7 +15,7 @@ from rich.progress import track
 from protoseg import distributed
 from protoseg.atlas import Pixels, Sample, Survey, read_samples, similarity_maps, spread_indices, survey
 from protoseg.checkpoint import find_checkpoint, load_segmenter
-from protoseg.config import Config, UserError, config_from, merge, parse_override, to_plain
+from protoseg.config import Config, UserError, merge_into_trained
 from protoseg.data.files import with_classes
 from protoseg.explorer import FigureEntry, explorer_page
 from protoseg.figures import (
@@ -293,8 +293,7 @@ def _score(folder: Path) -> str:
 
 def _load(path: Path, overrides: Sequence[str], device: torch.device) -> Loaded:
     model, config, content = load_segmenter(path)
-    for override in overrides:
-        config = config_from(merge(to_plain(config), parse_override(override)), f"override {override!r}")
+    config = merge_into_trained(config, overrides)
     folder = find_checkpoint(path).parent
     name = folder.resolve().name
     if name.startswith("seed"):  # a run of a sweep, whose row is called like the folder above

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from protoseg import distributed
 from protoseg.checkpoint import load_segmenter
-from protoseg.config import UserError, config_from, merge, parse_override, to_plain
+from protoseg.config import UserError, merge_into_trained
 from protoseg.data.files import in_short, with_classes
 from protoseg.data.loader import eval_loader
 from protoseg.inference import Protocol, segment
@@ -46,8 +46,7 @@ def score_run(
     Errors: UserError for whatever is wrong with the checkpoint, the data or the class list.
     """
     model, config, content = load_segmenter(path)
-    for override in overrides:
-        config = config_from(merge(to_plain(config), parse_override(override)), f"override {override!r}")
+    config = merge_into_trained(config, overrides)
     device = distributed.setup()
     split = split or config.data.val_split
     given = open_dataset(config, split)

@@ -94,10 +94,15 @@ def load_sweep(path: Path, vary: Sequence[str], seeds: int | None) -> Sweep:
             )
         config = path.parent / str(content["config"])
         common = _settings(content.get("overrides"), f"{path}: overrides")
-        for name, values in (content.get("rows") or {}).items():
+        for name, values in _mapping(content.get("rows"), f"{path}: rows").items():
             rows.append(Row(str(name), (*common, *_settings(values, f"{path}: rows: {name}"))))
-        grid = {key: [_yaml(value) for value in values] for key, values in content.get("vary", {}).items()}
+        for key, values in _mapping(content.get("vary"), f"{path}: vary").items():
+            if not isinstance(values, list):
+                raise UserError(f"{path}: vary: {key}: expected a list, found {values!r:.60}")
+            grid[key] = [_yaml(value) for value in values]
         seeds = seeds or content.get("seeds")
+        if not isinstance(seeds, int | None):
+            raise UserError(f"{path}: seeds: expected a number, found {seeds!r:.60}")
     for option in vary:
         key, equals, text = option.partition("=")
         if not equals or not text:
@@ -342,9 +347,13 @@ def _last_line(folder: Path) -> str:
 
 
 def _settings(values: Any, where: str) -> list[str]:
+    return [f"{key}={_yaml(value)}" for key, value in _mapping(values, where).items()]
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
-        raise UserError(f"{where}: expected `key.sub: value` lines, got {values!r:.60}")
-    return [f"{key}={_yaml(value)}" for key, value in (values or {}).items()]
+        raise UserError(f"{where}: expected `key: value` lines, found {values!r:.60}")
+    return values or {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -352,7 +361,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot read the file ({error.strerror}); check the path") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{path}: not valid YAML; mend it") from None
     return content if isinstance(content, dict) else {}
 

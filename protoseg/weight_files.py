@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds more than tensors and is not opened: save its state_dict alone where it comes from"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, struct.error, safetensors.SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}): is it complete?") from error
     for key in ("state_dict", "model", "teacher"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -76,7 +77,10 @@ def folder_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            shards = json.loads(index.read_text())["weight_map"].values()
+            try:
+                shards = json.loads(index.read_text())["weight_map"].values()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is no index of weight files: is it complete?") from error
             return [folder / shard for shard in sorted(set(shards))]
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: check the path")
 

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from protoseg.config import UserError, config_from, differing_keys, load_config, merge, to_plain
+from protoseg.config import (
+    UserError,
+    config_from,
+    differing_keys,
+    load_config,
+    merge,
+    merge_into_trained,
+    to_plain,
+)
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -90,3 +98,20 @@ def test_shipped_config_loads_and_is_short(path: Path) -> None:
     assert f"python tools/train.py {path}" in text
     deltas = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     assert len(deltas) <= 30
+
+
+def test_a_checkpoint_is_no_config(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UserError, match=r"last\.pt: is no text file; give a YAML file"):
+        load_config(path)
+
+
+def test_a_trained_model_takes_data_overrides_only() -> None:
+    config = config_from({}, "test")
+    changed = merge_into_trained(config, ["data.batch_size=4", "train.precision=bf16"])
+    assert (changed.data.batch_size, changed.train.precision) == (4, "bf16")
+    with pytest.raises(
+        UserError, match=r"'prototypes\.logit_scale=1': the model is trained already"
+    ):
+        merge_into_trained(config, ["prototypes.logit_scale=1"])

@@ -241,8 +241,11 @@ def test_presets_load(path: Path) -> None:
     [
         ("config: tiny.yaml\nrows: {a: {prototypes.num_pr_class: 1}}", [], "num_per_class"),
         ("config: tiny.yaml\nrow: {a: {}}", [], "unknown key row"),
-        ("config: tiny.yaml\nrows: {a: 3}", [], "expected `key.sub: value`"),
+        ("config: tiny.yaml\nrows: {a: 3}", [], "expected `key: value`"),
         ("config: tiny.yaml", [], "nothing to compare"),
+        ("config: tiny.yaml\nrows: [a]", [], "rows: expected `key: value` lines, found ['a']"),
+        ("config: tiny.yaml\nvary: {loss.ppc: 4}", [], "vary: loss.ppc: expected a list, found 4"),
+        ("config: tiny.yaml\nrows: {a: {}}\nseeds: three", [], "seeds: expected a number, found 'three'"),
         ("config: tiny.yaml\nrows: {a: {}}\nseeds: 0", [], "expected 1 or more"),
         ("config: gone.yaml\nrows: {a: {}}", [], "cannot read the config"),
         ("config: tiny.yaml", ["loss.ppc"], "expected key=a,b,c"),
