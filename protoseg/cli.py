@@ -14,6 +14,7 @@ from protoseg.commands import (
     evaluate_command,
     import_weights_command,
     predict_command,
+    runs_and_overrides,
 )
 from protoseg.config import UserError, load_config
 from protoseg.gallery import write_gallery
@@ -46,7 +47,9 @@ def sweep_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--vary", action="append", default=[], metavar="key=a,b,c", help="may be repeated")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs per row (default: the file's, or 1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sweep_<config name>")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per device)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: one, or one for each of --devices)"
+    )
     parser.add_argument("--devices", default="", metavar="0,1,2", help="CUDA devices to spread the runs over")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
     parser.add_argument(
@@ -79,28 +82,27 @@ def vis_prototypes_command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vis_prototypes", description="Figures of a run's prototypes, and a page to explore them."
     )
-    parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("second", type=Path, nargs="?", metavar="RUN2", help="to set beside it: a linear run")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="one, or another to set beside it: a linear run"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/prototypes")
     parser.add_argument("--split", default="train", help="where patches and numbers come from")
     parser.add_argument("--format", choices=("png", "pdf"), default="png")
     parser.add_argument("--images", type=int, default=400, metavar="N", help="images of the split to look at")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="validation images in the page")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="key.sub=value",
-        help="such as data.root=FOLDER; may be repeated",
-    )  # fmt: skip
-    args = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as data.root=FOLDER")
+    args = parser.parse_intermixed_args(arguments)
+    runs, overrides = runs_and_overrides(args.runs + args.overrides)
     if args.images < 1 or args.samples < 1:
         raise UserError("--images and --samples: expected 1 or more")
     write_gallery(
-        [args.run, args.second] if args.second else [args.run],
+        runs,
         args.out,
         split=args.split,
         suffix=args.format,
         images=args.images,
         samples=args.samples,
-        overrides=args.overrides,
+        overrides=overrides,
     )
 
 

@@ -35,6 +35,18 @@ from protoseg.scoring import (
 from protoseg.segmenter_weights import load_segmenter_weights, require_complete, take_bgr_
 
 
+def runs_and_overrides(given: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """One or two runs, and `key.sub=value` overrides, told apart from positional arguments.
+
+    Errors: UserError for no run, or more than two.
+    """
+    overrides = [each for each in given if "=" in each and not Path(each).exists()]
+    runs = [Path(each) for each in given if each not in overrides]
+    if not 1 <= len(runs) <= 2:
+        raise UserError(f"give one run, or two to compare; got {len(runs)}")
+    return runs, overrides
+
+
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Score a trained model on a split, or compare two."""
     parser = argparse.ArgumentParser(
@@ -56,10 +68,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write confusion.png and reliability.png")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as data.root=FOLDER")
     args = parser.parse_intermixed_args(arguments)
-    overrides = [each for each in args.runs + args.overrides if "=" in each and not Path(each).exists()]
-    runs = [Path(each) for each in args.runs + args.overrides if each not in overrides]
-    if not 1 <= len(runs) <= 2:
-        raise UserError(f"evaluate: give one run, or two to compare; got {len(runs)}")
+    runs, overrides = runs_and_overrides(args.runs + args.overrides)
     if not 0 < args.boundary < 1:
         raise UserError(f"--boundary: wants a share of the diagonal between 0 and 1, got {args.boundary}")
     protocol = protocol_of(args)
@@ -103,14 +112,19 @@ def predict_command(arguments: Sequence[str]) -> None:
     device = distributed.setup()
     label_map: LabelMap | None = config.data.label_map
     if args.raw_ids:
-        spec = dataset_spec(config.data.name, config.data.classes, label_map=label_map)
+        spec = dataset_spec(
+            config.data.name,
+            config.data.classes,
+            ignore_index=config.data.ignore_index,
+            label_map=label_map,
+        )
         label_map = spec.label_map
         if list(spec.classes) != content["classes"]:
             raise UserError(f"--raw-ids: {args.run} has other classes than its dataset; leave the option out")
     outputs = Outputs(
         args.out,
         [(r, g, b) for r, g, b in content["palette"]],
-        export_ids(len(content["classes"]), label_map) if args.raw_ids else None,
+        export_ids(content["classes"], label_map) if args.raw_ids else None,
         args.confidence,
         args.prototypes,
     )

@@ -120,7 +120,7 @@ def test_batch_larger_than_the_dataset():
 
 
 def test_batch_size_must_divide_by_the_ranks():
-    with pytest.raises(UserError, match=r"train.batch_size: 4 does not divide by 3 processes; use 3"):
+    with pytest.raises(UserError, match=r"data.batch_size: 4 does not divide by 3 processes; use 3"):
         train_loader(Numbers(), noisy, batch_size=4, iterations=1, world_size=3)
 
 

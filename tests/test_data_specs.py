@@ -10,7 +10,7 @@ from scipy.io import savemat
 
 from protoseg.config import UserError
 from protoseg.data import DATASETS, build_dataset
-from protoseg.data.label_ids import export_ids
+from protoseg.data.label_ids import IGNORE, export_ids
 from protoseg.data.prepare import prepare_ade20k_full
 
 COLOUR = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
@@ -38,7 +38,7 @@ def test_lists_are_complete(name):
     if spec.label_map is not None:
         targets = [target for target in spec.label_map.values() if target != "ignore"]
         assert set(targets) == set(range(len(spec.classes)))
-        ids = export_ids(len(spec.classes), spec.label_map)
+        ids = export_ids(spec.classes, spec.label_map)
         assert [spec.label_map[int(raw)] for raw in ids] == list(range(len(spec.classes)))
 
 
@@ -79,7 +79,7 @@ DIGESTS = {
 @pytest.mark.parametrize("name", DIGESTS)
 def test_lists_are_still_those_of_the_sources(name):
     spec = DATASETS[name]
-    ids = export_ids(len(spec.classes), spec.label_map).tolist()
+    ids = export_ids(spec.classes, spec.label_map).tolist()
     text = f"{list(spec.classes)} {ids} {[list(colour) for colour in spec.palette]}"
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == DIGESTS[name]
 
@@ -106,7 +106,7 @@ def test_cityscapes_tree_and_ids(tmp_path):
     assert data.name(0) == stem
     assert data.read(0)[1].tolist() == [[255, 0, 1], [13, 18, 255]]
     # what the test server wants back, by labels.py: trainId 0 is 7 (road), 13 is 26 (car), 16 is 31 (train)
-    ids = export_ids(19, DATASETS["cityscapes"].label_map)
+    ids = export_ids(DATASETS["cityscapes"].classes, DATASETS["cityscapes"].label_map)
     assert [ids[i] for i in (0, 1, 2, 13, 16, 18)] == [7, 8, 11, 26, 31, 33]
     colours = [DATASETS["cityscapes"].palette[i] for i in (0, 13, 18)]
     assert colours == [(128, 64, 128), (0, 0, 142), (119, 11, 32)]
@@ -259,3 +259,8 @@ def test_prepare_full_ade20k(tmp_path):
     (tmp_path / "images/ADE/validation/outliers/ADE_val_00000002_seg.png").unlink()
     with pytest.raises(UserError, match=r"1 image.s. without label .*ADE_val_00000002.jpg"):
         prepare_ade20k_full(tmp_path)
+
+
+def test_raw_ids_need_an_id_for_every_class() -> None:
+    with pytest.raises(UserError, match=r"data\.label_map: no id of the files leads to class building"):
+        export_ids(["road", "building"], {0: IGNORE, 1: 0})

@@ -279,14 +279,16 @@ def find_split(name: str, spec: DatasetSpec, root: Path, split: str) -> Split:
     if name != "folder":
         if split not in spec.splits:
             raise UserError(
-                f"data.split: '{name}' has no split '{split}'; use one of {', '.join(spec.splits)}"
+                f"data.train_split or val_split: '{name}' has no split '{split}';"
+                f" use one of {', '.join(spec.splits)}"
             )
         return spec.splits[split]
     images = root / "images"
     found = sorted(p.name for p in images.iterdir() if p.is_dir()) if images.is_dir() else []
     if found and split not in found:
         raise UserError(
-            f"data.split: folder {images / split} does not exist; {images} has {', '.join(found)}"
+            f"data.train_split or val_split: folder {images / split} does not exist;"
+            f" {images} has {', '.join(found)}"
         )
     return _folder_split(split)
 

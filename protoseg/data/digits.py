@@ -104,7 +104,10 @@ class Digits:
         classes: Sequence[str] = CLASSES,
     ) -> None:
         if split not in LENGTHS:
-            raise UserError(f"data.split: digits has no split '{split}'; use one of {', '.join(LENGTHS)}")
+            raise UserError(
+                f"data.train_split or val_split: digits has no split '{split}';"
+                f" use one of {', '.join(LENGTHS)}"
+            )
         if min(size) < CELL + 8:  # a turned digit of the largest side needs 42
             raise UserError(f"data: a digits scene of {size} pixels is too small; use {CELL + 8} or more")
         self.classes = known_classes(classes)

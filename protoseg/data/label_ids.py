@@ -64,12 +64,18 @@ class LabelIds:
         return label
 
 
-def export_ids(count: int, label_map: LabelMap | None) -> NDArray[np.int64]:
-    """(count,) the raw id of each class, for test servers that want the dataset's own ids."""
+def export_ids(classes: Sequence[str], label_map: LabelMap | None) -> NDArray[np.int64]:
+    """(C,) the raw id of each class, for test servers that want the dataset's own ids.
+
+    Errors: UserError where the map leads to a class from no id.
+    """
     if label_map is None:
-        return np.arange(count)
+        return np.arange(len(classes))
     raw_of = {target: raw for raw, target in reversed(list(label_map.items())) if target != IGNORE}
-    return np.array([raw_of[target] for target in range(count)])
+    missing = [name for target, name in enumerate(classes) if target not in raw_of]
+    if missing:
+        raise UserError(f"data.label_map: no id of the files leads to class {missing[0]}; add one")
+    return np.array([raw_of[target] for target in range(len(classes))])
 
 
 def id_ranges(ids: Sequence[int] | NDArray[np.integer], longest: int = 12) -> str:

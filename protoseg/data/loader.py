@@ -61,7 +61,7 @@ class BatchOrder(Sampler[list[Key]]):
     ) -> None:
         if batch_size % world_size:
             raise UserError(
-                f"train.batch_size: {batch_size} does not divide by {world_size} processes; "
+                f"data.batch_size: {batch_size} does not divide by {world_size} processes; "
                 f"use {batch_size // world_size * world_size or world_size}"
             )
         self.order, self.length = order, length
