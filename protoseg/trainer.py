@@ -203,7 +203,9 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
     pictures = run.config.eval.samples if log else 0
 
     def on_sample(index: int, name: str, *sample: torch.Tensor) -> None:
-        if log and index < pictures:
+        nonlocal pictures
+        if log and pictures:
+            pictures -= 1
             image, label, prediction = (tensor.numpy() for tensor in sample)
             figure = sample_figure(
                 image.transpose(1, 2, 0), label, prediction, run.classes, run.palette, run.model.ignore_index
@@ -298,19 +300,20 @@ def restore(run: Run, content: dict[str, Any], path: Path) -> None:
 def checkpoint_to_resume(out: Path, resume: str | None) -> Path | None:
     """The checkpoint to go on from, or None for a fresh run.
 
-    Errors: UserError if the folder already holds a run and `resume` is None.
+    Errors: UserError if the folder already holds a run, and `resume` is not one of its checkpoints.
     """
-    if resume is None:
-        if (out / "config.yaml").exists() or (out / "last.pt").exists():
-            raise UserError(
-                f"{out}: this folder already holds a run; go on with it by --resume auto,"
-                " or choose another folder by --out"
-            )
-        return None
     if resume == "auto":
         return out / "last.pt" if (out / "last.pt").is_file() else None
-    path = Path(resume)
-    return path / "last.pt" if path.is_dir() else path
+    path = None if resume is None else Path(resume)
+    if path is not None:
+        path = path / "last.pt" if path.is_dir() else path
+    occupied = (out / "config.yaml").exists() or (out / "last.pt").exists()
+    if occupied and (path is None or path.parent.resolve() != out.resolve()):
+        raise UserError(
+            f"{out}: this folder already holds a run; go on with it by --resume auto,"
+            " or choose another folder by --out"
+        )
+    return path
 
 
 def require_same_config(old: dict[str, Any], config: Config, path: Path | None) -> None:

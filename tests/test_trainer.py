@@ -249,6 +249,10 @@ def test_folder_that_holds_a_run(trained: Path, tmp_path: Path, capsys: pytest.C
     text = errors_of(capsys, "train", [str(write_config(tmp_path)), "--out", str(trained)])
     assert "already holds a run" in text
     assert "--resume auto" in text
+    other = tmp_path / "other.pt"
+    other.write_bytes(before)
+    arguments = [str(write_config(tmp_path)), "--out", str(trained), "--resume", str(other)]
+    assert "already holds a run" in errors_of(capsys, "train", arguments)
     assert (trained / "last.pt").read_bytes() == before
 
 
