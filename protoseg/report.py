@@ -1,5 +1,6 @@
 """What a run tells: console lines, metrics.jsonl, TensorBoard, tables, pictures, results.json."""
 
+import contextlib
 import io
 import json
 import os
@@ -213,14 +214,16 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where a result was made: versions, device and, in a checkout, the git commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    """Where a result was made: versions, device and, in a checkout with git at hand, the commit."""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
     names = ("protoseg", "torch", "torchvision", "timm")
     return {
         "git_commit": commit or None,

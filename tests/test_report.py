@@ -14,7 +14,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from protoseg.config import UserError
 from protoseg.figures import cosine_figure
 from protoseg.prototypes import PrototypeHead
-from protoseg.report import RunLog, make_folder
+from protoseg.report import RunLog, environment, make_folder
 
 CLASSES = ("road", "traffic light", "unseen")
 PALETTE = ((128, 64, 128), (250, 170, 30), (0, 0, 0))
@@ -72,3 +72,8 @@ def test_a_file_in_the_folders_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file: no folder can be made there \(File exists\); choose another"):
         make_folder(tmp_path / "file")
+
+
+def test_results_are_written_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert environment(torch.device("cpu"))["git_commit"] is None
