@@ -31,7 +31,12 @@ class Given(NamedTuple):
 
 
 class DecodeHead(nn.Module):
-    """What the heads share; `dim` is the original's width, `stride` that of the embedding."""
+    """What the heads share; `dim` is the original's width, `stride` that of the embedding.
+
+    every_map: whether it reads all maps; where not, some of the backbone's parameters may get no gradient.
+    """
+
+    every_map = True
 
     def __init__(self, given: Given, dim: int, stride: int) -> None:
         super().__init__()
@@ -158,6 +163,8 @@ class AuxiliaryHead(nn.Module):
 class FCNHead(DecodeHead):
     """FCN: two 3×3 convolutions on the last map, a third over input and result; auxiliary logits."""
 
+    every_map = False
+
     def __init__(self, given: Given) -> None:
         super().__init__(given, dim=512, stride=given.strides[-1])
         last = given.channels[-1]
@@ -175,6 +182,8 @@ class ASPPHead(DecodeHead):
 
     Rates 12, 24, 36 belong to stride 8; they halve as the stride doubles.
     """
+
+    every_map = False
 
     def __init__(self, given: Given) -> None:
         super().__init__(given, dim=512, stride=given.strides[-1])

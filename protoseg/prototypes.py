@@ -63,8 +63,9 @@ class PrototypeHead(Editing):
     """Classify each pixel by its nearest prototype, K per class (ProtoSeg, CVPR 2022).
 
     features (B, D, h, w) → logits (B, C, h, w) = logit_scale · max over k of the cosine. Half types are
-    promoted to float32, double stays double. Buffers, all updated in place by `prepare_`, `update_` and the
-    editing methods only: `prototypes` (C, K, D) of unit length and `initialized` (C,), besides counters.
+    promoted to float32, double stays double. Buffers, updated in place by `prepare_` and `update_`, replaced
+    by the editing methods, and changed by nothing else: `prototypes` (C, K, D) of unit length and
+    `initialized` (C,), besides counters.
 
     dim: D. temperature: τ of PPC. kappa, sinkhorn_iterations: of the clustering. momentum: μ. start: "data"
     waits for `prepare_` to see a class, "random" needs no `prepare_`. update_pixels: "correct" lets only
@@ -282,6 +283,16 @@ class PrototypeHead(Editing):
         self.prototypes.copy_(protos_CKD)
         self.initialized.logical_or_(placed_CK.any(1))
         self.idle.masked_fill_(placed_CK, 0)
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Labels, integers of any shape, with ignore_index for classes that have no prototypes.
+
+        For cross-entropy at label resolution: a class too small to show in the feature map has none yet, and
+        its logit is −10,000.
+        """
+        class_id = labels.clamp(0, self.num_classes - 1).long()
+        unknown = (labels == class_id) & ~self.initialized[class_id]
+        return labels.masked_fill(unknown, self.ignore_index)
 
     @torch.no_grad()
     def health(self) -> Health:

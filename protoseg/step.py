@@ -56,8 +56,13 @@ def build_run(
 
     num_images: of the training set; pixel contrast keeps a region for each.
     """
+    ranks, parts = distributed.world_size(), config.train.accumulation
+    if config.data.batch_size % (ranks * parts):
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} does not divide by {ranks} processes ×"
+            f" train.accumulation {parts}; use a multiple of {ranks * parts}"
+        )
     torch.manual_seed(config.train.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, set here and nowhere else
     model = build_model(config, len(classes), all_reduce=distributed.all_reduce)
     contrast = build_contrast(config, len(classes), num_images, model.ignore_index)
     if contrast is not None:
@@ -73,7 +78,10 @@ def build_run(
     parallel: nn.Module = model
     if distributed.world_size() > 1:
         parallel = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=not model.decode_head.every_map,
         )
     if config.train.compile:
         parallel = torch.compile(parallel)  # type: ignore[assignment]
@@ -131,17 +139,21 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     run.parallel.train()
     micro = [to_device(part, run.device) for part in split(batch, run.config)]
     start_prototypes_(run, micro)
-    micro = [part._replace(label=without_unseen(run, part.label)) for part in micro]
+    if run.model.prototypes is not None and run.unseen:
+        micro = [part._replace(label=run.model.prototypes.known(part.label)) for part in micro]
     scales = run.model.loss_scales([part.label for part in micro], distributed.all_reduce)
     outputs: list[StepOutput] = []
-    projected: list[Tensor] = []
+    projected: list[Tensor] = []  # with their labels, for the memory
+    small: list[Tensor] = []
     for part in micro:
         with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):
             with autocast(run):
                 output = run.parallel(part.image, part.label, scales)
-                if run.contrast is not None:
+                if output.contrast is not None:
                     projected.append(add_contrast_(run, output, part.index, len(micro)))
+                    small.append(output.contrast.labels)
             output.total.backward()
+            output.contrast = None  # its features would stay in memory until the step ends
         outputs.append(output)
     values = finite_values(run, outputs, stop)  # the one host read of the step
     run.optimizer.step()
@@ -150,9 +162,8 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     if run.model.prototypes is not None:
         run.model.prototypes.update_(*[output.prototypes for output in outputs if output.prototypes])
     if run.contrast is not None:
-        labels = torch.cat([output.contrast.labels for output in outputs if output.contrast])
         rows = projected[0] if len(projected) == 1 else torch.cat(projected)  # a map is large: no copy of one
-        run.contrast.enqueue_(rows, labels, torch.cat([p.index for p in micro]), run.step)
+        run.contrast.enqueue_(rows, torch.cat(small), torch.cat([p.index for p in micro]), run.step)
         run.empty_steps += int(values["contrast_empty"] > 0)
     run.step += 1
     return values
@@ -180,7 +191,8 @@ def add_contrast_(run: Run, output: StepOutput, indices: Tensor, parts: int) -> 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch where the model is, labels and indices int64."""
-    return Batch(batch.image.to(device), batch.label.to(device).long(), batch.index.to(device))
+    image, label, index = (tensor.to(device, non_blocking=True) for tensor in batch)
+    return Batch(image, label.long(), index)
 
 
 def split(batch: Batch, config: Config) -> list[Batch]:
@@ -224,14 +236,6 @@ def unseen_classes(model: Segmenter) -> set[int]:
     return set((~model.prototypes.initialized).nonzero().flatten().tolist())
 
 
-def without_unseen(run: Run, labels: Tensor) -> Tensor:
-    """Labels in which classes without prototypes are ignored: too small to show at embedding resolution."""
-    if not run.unseen:
-        return labels
-    unseen = torch.tensor(sorted(run.unseen), device=labels.device)
-    return labels.masked_fill(torch.isin(labels, unseen), run.model.ignore_index)
-
-
 def gradients_stay_local(run: Run, unless: bool) -> AbstractContextManager[Any]:
     """DDP averages gradients in the last micro-batch only."""
     return nullcontext() if unless or distributed.world_size() == 1 else run.parallel.no_sync()  # type: ignore
@@ -256,7 +260,7 @@ def finite_values(run: Run, outputs: list[StepOutput], stop: bool) -> dict[str, 
     norm = get_total_norm(gradients)
     if run.config.train.grad_clip is not None:
         clip_grads_with_norm_(run.model.parameters(), run.config.train.grad_clip, norm)
-    flag = distributed.all_reduce(torch.tensor(float(stop), device=run.device), "max")
+    flag = distributed.all_reduce(torch.full((), float(stop), device=run.device), "max")
     extra = [sum(output.diagnostics[name] for output in outputs) for name in outputs[0].diagnostics]
     read = torch.cat([means, torch.stack([norm, flag, *extra]).float()]).tolist()  # type: ignore[list-item]
     values = dict(zip([*names, "grad_norm", "stop", *outputs[0].diagnostics], read))

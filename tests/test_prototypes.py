@@ -369,3 +369,11 @@ def test_chunk_size_bounds_the_similarities_in_passing():
         peak = peak_bytes(lambda: head(features))
     logits = 4 * 64 * 64 * 847
     assert logits < peak < 4 * logits, f"{peak / logits:.2f} maps of logits"
+
+
+def test_labels_of_classes_without_prototypes_are_ignored():
+    head = head_of(start="data")
+    head.initialized[:2] = True
+    labels = torch.tensor([[-1, 0, 1], [2, 3, 200], [255, 4, 1]])
+    assert head.known(labels).tolist() == [[-1, 0, 1], [255, 255, 200], [255, 4, 1]]
+    assert head.known(labels.to(torch.uint8)).dtype == torch.uint8
