@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protoseg.scores import MIN_NORM, at_least_single, unit
+from protoseg.scores import MIN_NORM, at_least_single, own_similarities, unit
 
 AllReduce = Callable[[Tensor, str], Tensor]
 LOG_DOMAIN_BELOW = 0.03  # exp(−2/κ) nears the end of float32 there
@@ -222,13 +222,6 @@ def start_prototypes(
         )
         protos_CKD = momentum_update(protos_CKD, means_CKD, counts_CK * placed_CK, 0.0)
     return protos_CKD, placed_CK
-
-
-def own_similarities(emb_ND: Tensor, protos_CKD: Tensor, labels_N: Tensor) -> Tensor:
-    """iᵀp_yk (N, K) with the pixel's own class y, one k at a time; class 0 where the label is −1."""
-    emb_ND, protos_CKD = at_least_single(emb_ND), at_least_single(protos_CKD)
-    class_N = labels_N.clamp(min=0).long()
-    return torch.stack([(emb_ND * protos_KD[class_N]).sum(1) for protos_KD in protos_CKD.unbind(1)], 1)
 
 
 def _class_means(

@@ -211,8 +211,6 @@ class PixelContrast(nn.Module):
             if value.shape != (features.shape[0], *features.shape[2:]):
                 expected = (features.shape[0], *features.shape[2:])
                 raise ValueError(f"{name} have shape {tuple(value.shape)}, the features need {expected}")
-        with torch.no_grad():
-            projected = features.detach() if project is None else project(features)
         class_BP = class_map(labels, self.num_classes, self.ignore_index)
         wrong_BP = predictions.flatten(1) != class_BP
         key_BP = pixel_keys(class_BP, indices, self.seed, step, 0)
@@ -228,11 +226,16 @@ class PixelContrast(nn.Module):
         # this rank's anchors: the others are computed with, but count nothing
         own_CJ = pixel_CJ - self.rank * class_BP.numel()
         valid_CJ = valid_CJ & (own_CJ >= 0) & (own_CJ < class_BP.numel())
-        own_CJ = torch.where(valid_CJ, own_CJ, 0)
+        # The others stand for pixels all over the batch: many of the same one would queue up in backward.
+        spread_CJ = torch.arange(own_CJ.numel(), device=own_CJ.device).view_as(own_CJ) % class_BP.numel()
+        own_CJ = torch.where(valid_CJ, own_CJ, spread_CJ)
         pixels = class_BP.shape[1]
         anchor_CJD = _take_pixels(features, own_CJ // pixels, own_CJ % pixels)
         if project is not None:  # as a map of C rows, so that the head sees a map here as well
             anchor_CJD = project(anchor_CJD.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+        # After the anchors: autocast keeps the first cast of a weight, which must be one with a gradient.
+        with torch.no_grad():
+            projected = features.detach() if project is None else project(features)
         with torch.autocast(features.device.type, enabled=False):
             pool = self._pool(full_precision(_rows(projected).flatten(0, 1)), groups, class_N, step)
             anchors = (full_precision(anchor_CJD), pixel_CJ, valid_CJ, hard_CJ)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 MIN_NORM = 1e-6  # below this a vector has no direction
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # similarities at a time, by device
-BLOCK = 1024  # pixels that are transposed at a time
+BLOCK = {"cpu": 1024, "cuda": 2**30}  # pixels of an image that are transposed at a time, by device
 GATHERED_BYTES = 3 * 2**19  # of the table of prototypes at a time: about what a core keeps near
 SMALLEST_CHUNK, LARGEST_CHUNK = {"cpu": 512, "cuda": 4096}, {"cpu": 2048, "cuda": 2**18}  # pixels
 
@@ -39,12 +39,13 @@ def unit_rows(features: Tensor) -> Tensor:
 def _rows_and_lengths(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Unit vectors (N, D) and the lengths (N, 1) that were divided by."""
     batch, dim = features.shape[:2]
+    block = _by_device(BLOCK, features)
     flat_BDP = features.flatten(2)
     emb_BPD = features.new_empty(batch, flat_BDP.shape[2], dim, dtype=dtype)
     length_BP1 = features.new_empty(batch, flat_BDP.shape[2], 1, dtype=dtype)
     for image in range(batch):
-        for start in range(0, flat_BDP.shape[2], BLOCK):
-            at = slice(start, start + BLOCK)
+        for start in range(0, flat_BDP.shape[2], block):
+            at = slice(start, start + block)
             rows_nD = emb_BPD[image, at]
             rows_nD.copy_(flat_BDP[image, :, at].contiguous().t())
             length_BP1[image, at] = rows_nD.norm(dim=1, keepdim=True).clamp_(min=MIN_NORM)
@@ -68,10 +69,10 @@ class _UnitRows(torch.autograd.Function):
         emb_ND, length_N1 = ctx.saved_tensors
         batch = ctx.shape[0]
         grad_BDP = emb_ND.new_empty(ctx.shape, dtype=ctx.dtype).flatten(2)
-        pixels = grad_BDP.shape[2]
+        pixels, block = grad_BDP.shape[2], _by_device(BLOCK, emb_ND)
         for image in range(batch):
-            for start in range(0, pixels, BLOCK):
-                stop = min(start + BLOCK, pixels)
+            for start in range(0, pixels, block):
+                stop = min(start + block, pixels)
                 at = slice(image * pixels + start, image * pixels + stop)
                 rows_nD = emb_ND[at]
                 along_n1 = (grads[0][at] * rows_nD).sum(1, keepdim=True)
@@ -167,8 +168,9 @@ def prototype_scores(
 class _PrototypeScores(torch.autograd.Function):
     """Forward already forms the gradient of the log-sum-exp, N·D numbers, since the similarities are at hand.
 
-    Backward then needs no similarities again: two products with all prototypes in all, not three. What is
-    left, the gradient of the maxima, touches one prototype per class and pixel.
+    Backward then needs no similarities again. What is left, the gradient of the maxima and of the own class,
+    touches one prototype per class and K more per pixel: a CPU gathers these rows, two products with all
+    prototypes in all; for a GPU a third product is faster.
     """
 
     @staticmethod
@@ -193,7 +195,8 @@ class _PrototypeScores(torch.autograd.Function):
         scale_C1 = scale * temperature * live_C[:, None].to(emb_ND.dtype)
         lowest_C1 = not_live * (~live_C[:, None]).to(emb_ND.dtype)
         weighted_MD = rows_MD * weight_M[:, None].to(rows_MD.dtype)
-        own_from_product = rows_MD.dtype == emb_ND.dtype
+        # Not from TF32 or half products: the clustering needs these exactly.
+        own_from_product = rows_MD.dtype == emb_ND.dtype and not emb_ND.is_cuda
         label_N = labels_N.clamp(min=0)
         # k of the maximum by a product of bytes: `max(0)` with its indices is many times slower.
         small_int = (
@@ -226,7 +229,7 @@ class _PrototypeScores(torch.autograd.Function):
                 index_K1n = label_N[at].expand(num_prototypes, 1, size)
                 own_NK[at] = sims_KCn.gather(1, index_K1n)[:, 0].t() * temperature
             else:
-                own_NK[at] = (protos_CKD[label_N[at]] @ emb_ND[at, :, None])[..., 0]
+                own_NK[at] = own_similarities(emb_ND[at], protos_CKD, label_N[at])
             if with_grad:
                 is_top_KCn = torch.ge(sims_KCn, top_Cn, out=is_top_X[: sims_KCn.numel()].view_as(sims_KCn))
                 code_Cn = (is_top_KCn.view(torch.int8) * code_K11).amax(0)
@@ -259,32 +262,49 @@ class _PrototypeScores(torch.autograd.Function):
         grad_ND = torch.zeros_like(lse_grad_ND) if grad_lse_N is None else lse_grad_ND * grad_lse_N[:, None]
         for start in range(0, len(grad_ND), ctx.chunk):
             at = slice(start, min(start + ctx.chunk, len(grad_ND)))
+            terms = []
             if grad_CN is not None:
-                row_Cn = first_C[:, None] + best_CN[:, at]
-                grad_ND[at].add_(_weighted_rows(table_MD, row_Cn, grad_CN[:, at], per_block), alpha=ctx.scale)
+                terms.append((first_C[:, None] + best_CN[:, at], grad_CN[:, at] * ctx.scale))
             if grad_own_NK is not None:
-                row_Kn = label_N[at] * num_prototypes + k_K[:, None]
-                grad_ND[at] += _weighted_rows(table_MD, row_Kn, grad_own_NK[at].t(), num_prototypes)
+                terms.append((label_N[at] * num_prototypes + k_K[:, None], grad_own_NK[at].t()))
+            if terms:
+                grad_ND[at] += _weighted_rows(table_MD, terms, per_block)
         return grad_ND, *[None] * 8
 
 
-def _weighted_rows(table_MD: Tensor, row_Jn: Tensor, weight_Jn: Tensor, per_block: int) -> Tensor:
-    """Σ over j of weight_jn · table[row_jn] (n, D). No row may come twice for one n.
+def _weighted_rows(table_MD: Tensor, terms: list[tuple[Tensor, Tensor]], per_block: int) -> Tensor:
+    """Σ over terms (row_Jn, weight_Jn) and j of weight_jn · table[row_jn] (n, D).
 
-    per_block: how many j a CPU takes at a time. Where row_j lies in a part of the table of its own, a block
-    of that part stays in the cache for all pixels.
+    No row may come twice for one n within a term. per_block: how many j a CPU takes at a time; where row_j
+    lies in a part of the table of its own, a block of that part stays in the cache for all pixels.
     """
     if table_MD.is_cuda:
-        # Matrix units multiply the zeros faster than a GPU gathers n·J rows.
-        dense_Mn = weight_Jn.new_zeros(len(table_MD), row_Jn.shape[1]).scatter_(0, row_Jn.long(), weight_Jn)
+        # Matrix units multiply the zeros faster than a GPU gathers n·J rows. No scatter_add_, whose order is
+        # not fixed.
+        dense_Mn = table_MD.new_zeros(len(table_MD), terms[0][0].shape[1])
+        for row_Jn, weight_Jn in terms:
+            row_Jn = row_Jn.long()
+            dense_Mn.scatter_(0, row_Jn, dense_Mn.gather(0, row_Jn) + weight_Jn)
         return dense_Mn.t() @ table_MD
     parts = [
         F.embedding_bag(
             rows.t().contiguous(), table_MD, per_sample_weights=weights.t().contiguous(), mode="sum"
         )
+        for row_Jn, weight_Jn in terms
         for rows, weights in zip(row_Jn.split(per_block), weight_Jn.split(per_block))
     ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0)
+
+
+def own_similarities(emb_ND: Tensor, protos_CKD: Tensor, labels_N: Tensor) -> Tensor:
+    """iᵀp_yk (N, K) with the pixel's own class y, one k at a time; class 0 where the label is −1."""
+    emb_ND, protos_CKD = at_least_single(emb_ND), at_least_single(protos_CKD)
+    class_N = labels_N.clamp(min=0).long()
+    return torch.stack([(emb_ND * protos_KD[class_N]).sum(1) for protos_KD in protos_CKD.unbind(1)], 1)
+
+
+def _by_device(values: dict[str, int], like: Tensor) -> int:
+    return values["cuda" if like.is_cuda else "cpu"]
 
 
 def _k_major(protos_CKD: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -298,6 +318,5 @@ def _chunk(emb_ND: Tensor, num_rows: int, chunk_size: int | None) -> int:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         return chunk_size
-    device = "cuda" if emb_ND.is_cuda else "cpu"
-    fitting = CHUNK_ELEMENTS[device] // num_rows // 128 * 128
-    return min(max(fitting, SMALLEST_CHUNK[device]), LARGEST_CHUNK[device])
+    fitting = _by_device(CHUNK_ELEMENTS, emb_ND) // num_rows // 128 * 128
+    return min(max(fitting, _by_device(SMALLEST_CHUNK, emb_ND)), _by_device(LARGEST_CHUNK, emb_ND))
