@@ -188,8 +188,9 @@ class Editing(nn.Module):
             self.prototypes.copy_(
                 momentum_update(self.prototypes, divided(sums_CKD, counts_CK), counts_CK, momentum=0.0)
             )
+        for counter in self._counters():
+            counter.masked_fill_(~fresh_C[:, None], 0)
         self.usage.copy_(torch.where(fresh_C[:, None], self.usage, counts_CK))
-        self.idle.masked_fill_(~fresh_C[:, None], 0)
 
     @torch.no_grad()
     def resize_(self, num_classes: int) -> None:

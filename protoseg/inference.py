@@ -224,13 +224,14 @@ def upsampled_rows(map_Chw: Tensor, size: tuple[int, int], rows: slice) -> Tenso
 def nearest_prototypes(head: PrototypeHead, embedding: Tensor) -> Tensor:
     """Index of each class's prototype nearest to each cell: (B, D, h, w) → (B, C, h, w) int16."""
     batch, _, height, width = embedding.shape
-    emb_ND, protos_CKD = head.embed(embedding), head.prototypes
-    rows_MD = protos_CKD.flatten(0, 1).to(emb_ND.dtype)
-    chunk = max(1, BAND_ELEMENTS.get(embedding.device.type, 2**24) // len(rows_MD))
-    parts = [
-        (rows_MD @ part_nD.t()).view(*protos_CKD.shape[:2], -1).argmax(1).to(torch.int16)
-        for part_nD in emb_ND.split(chunk)
-    ]
+    with torch.autocast(embedding.device.type, enabled=False):  # as in the head, which decided
+        emb_ND, protos_CKD = head.embed(embedding), head.prototypes
+        rows_MD = protos_CKD.flatten(0, 1).to(emb_ND.dtype)
+        chunk = max(1, BAND_ELEMENTS.get(embedding.device.type, 2**24) // len(rows_MD))
+        parts = [
+            (rows_MD @ part_nD.t()).view(*protos_CKD.shape[:2], -1).argmax(1).to(torch.int16)
+            for part_nD in emb_ND.split(chunk)
+        ]
     return torch.cat(parts, 1).view(-1, batch, height, width).transpose(0, 1)
 
 

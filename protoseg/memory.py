@@ -328,8 +328,8 @@ class PixelMemory(nn.Module):
         step).
 
         The filled slots form a circle that is cut into as many arcs as are wanted, at a random place, and
-        each arc gives one uniform slot: every slot is equally likely, none comes twice, and the work does
-        not grow with the memory. Returns rows of `rows_SD`, (C, width); entries from want_C on are
+        each arc gives one uniform slot: every slot is equally likely, none comes twice. Of the memory only
+        one bit per region is read. Returns rows of `rows_SD`, (C, width); entries from want_C on are
         arbitrary.
         """
         device = want_C.device

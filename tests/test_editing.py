@@ -81,6 +81,9 @@ def test_refit_recovers_from_bad_prototypes_and_leaves_absent_classes():
     head.refit([scene(range(3), seed=s) for s in (1, 2)])
     assert torch.equal(head.prototypes[3], before[3])
     assert accuracy(head, *scene(range(3), seed=3)) == 1
+    assert (head.usage[:3].sum(1) > 0).all()
+    assert not head.nearest_usage[:3].any(), "counts of prototypes that are gone"
+    assert not head.movement[:3].any()
 
 
 @pytest.mark.parametrize("score_norm", ["scale", "layer_norm"])

@@ -272,3 +272,13 @@ def test_prediction_at_the_labels_size(model: Segmenter) -> None:
 def test_protocols_that_make_no_sense(values: dict, part: str) -> None:
     with pytest.raises(UserError, match=part):
         Protocol(**values)
+
+
+def test_prototype_map_is_as_exact_under_autocast_as_the_head() -> None:
+    torch.manual_seed(0)
+    head = PrototypeHead(64, 2, 10, start="random")
+    head.prototypes.copy_(F.normalize(torch.ones(64) + 0.5 * torch.randn(2, 10, 64), dim=2))  # alike
+    embedding = torch.ones(1, 64, 20, 20) + 0.5 * torch.randn(1, 64, 20, 20)
+    expected = inference.nearest_prototypes(head, embedding)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inference.nearest_prototypes(head, embedding), expected)

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    sync = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    sync = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
     table = Table("backbone", "program", "forward + backward (s)", "ours / theirs")
     notes: set[str] = set()
     for name in args.names:
