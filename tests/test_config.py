@@ -111,7 +111,5 @@ def test_a_trained_model_takes_data_overrides_only() -> None:
     config = config_from({}, "test")
     changed = merge_into_trained(config, ["data.batch_size=4", "train.precision=bf16"])
     assert (changed.data.batch_size, changed.train.precision) == (4, "bf16")
-    with pytest.raises(
-        UserError, match=r"'prototypes\.logit_scale=1': the model is trained already"
-    ):
+    with pytest.raises(UserError, match=r"'prototypes\.logit_scale=1': the model is trained already"):
         merge_into_trained(config, ["prototypes.logit_scale=1"])
