@@ -82,7 +82,7 @@ class PrototypesConfig(Section):
     kappa: Annotated[float, Field(gt=0)] = 0.05
     sinkhorn_iterations: Positive = 3
     temperature: Annotated[float, Field(gt=0)] = 0.1  # τ of PPC
-    logit_scale: Annotated[float, Field(gt=0)] = 30.0
+    logit_scale: Annotated[float, Field(gt=0)] = 20.0
     start: Literal["data", "random"] = "data"
     update_pixels: Literal["all", "correct"] = "all"
     score_norm: Literal["scale", "layer_norm"] = "scale"

@@ -94,7 +94,7 @@ class PrototypeHead(Editing):
         kappa: float = 0.05,
         sinkhorn_iterations: int = 3,
         temperature: float = 0.1,
-        logit_scale: float = 30.0,
+        logit_scale: float = 20.0,
         start: Literal["data", "random"] = "data",
         update_pixels: Literal["all", "correct"] = "all",
         score_norm: Literal["scale", "layer_norm"] = "scale",
