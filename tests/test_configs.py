@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from protoseg.config import load_config
+from protoseg.config import UserError, config_from, load_config
 from protoseg.data.datasets import dataset_spec
 from protoseg.data.loader import Batch
 from protoseg.model import build_model
@@ -83,3 +83,13 @@ def test_small_config_takes_a_step(path: Path) -> None:
     assert all("bn" in name for name in still), still
     if run.model.prototypes is not None:
         assert run.model.prototypes.initialized.tolist() == [c < 4 for c in range(len(spec.classes))]
+
+
+def test_micro_batches_must_be_whole_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protoseg.distributed.world_size", lambda: 2)
+    config = config_from({"data": {"batch_size": 9}, "train": {"accumulation": 3}}, "test")
+    message = (
+        r"data\.batch_size: 9 does not divide by 2 processes × train\.accumulation 3; use a multiple of 6"
+    )
+    with pytest.raises(UserError, match=message):
+        build_run(config, ("a", "b"), ((0, 0, 0), (9, 9, 9)), 4, torch.device("cpu"))
