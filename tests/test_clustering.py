@@ -38,7 +38,10 @@ def case(n, d, c, k, dtype=torch.double, seed=0):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("all_live", [True, False])
-def test_scores_and_their_gradient(sizes, chunk_size, all_live, monkeypatch):
+@pytest.mark.parametrize("as_on_gpu", [False, True])
+def test_scores_and_their_gradient(sizes, chunk_size, all_live, as_on_gpu, monkeypatch):
+    if as_on_gpu:  # takes the branches for a GPU, here on the CPU
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
     if chunk_size:
         monkeypatch.setattr(scores, "GATHERED_BYTES", 8 * 2 * sizes[1] * sizes[3])  # two classes at a time
     emb, protos, labels = case(*sizes)
