@@ -124,12 +124,10 @@ def embed(model: Segmenter, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, i
     """Of one image (3, H, W): unit vectors (N, D) as the classifier sees them, logits (N, C), and (h, w)."""
     with torch.inference_mode():
         embedding, _ = model.embed(image[None].to(model.mean.device))
-        unit_ND = unit_rows(embedding) if model.prototypes is None else model.prototypes.embed(embedding)
-        return (
-            unit_ND,
-            model.classifier(embedding)[0].flatten(1).t(),
-            (embedding.shape[2], embedding.shape[3]),
-        )
+        logits_NC = model.classifier(embedding)[0].flatten(1).t().float()
+        with torch.autocast(embedding.device.type, enabled=False):  # as in the head
+            unit_ND = unit_rows(embedding) if model.prototypes is None else model.prototypes.embed(embedding)
+        return unit_ND, logits_NC, (embedding.shape[2], embedding.shape[3])
 
 
 class Nearest(NamedTuple):

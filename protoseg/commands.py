@@ -21,7 +21,7 @@ from protoseg.data.prepare import prepare_ade20k_full
 from protoseg.hrnet import HRNet
 from protoseg.inference import Protocol
 from protoseg.metrics import BOUNDARY_RATIO
-from protoseg.model import build_model
+from protoseg.model import autocast, build_model
 from protoseg.predict import Outputs, find_sources, predict_sources
 from protoseg.report import write_json
 from protoseg.scoring import (
@@ -130,7 +130,7 @@ def predict_command(arguments: Sequence[str]) -> None:
     )
     with (
         progress("predict") as on_progress,
-        torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
+        autocast(config, device),
     ):
         failures = predict_sources(model.to(device), sources, outputs, device, protocol_of(args), on_progress)
     if failures and len(sources) == 1:

@@ -29,7 +29,7 @@ from protoseg.figures import (
     similarity_figure,
     which_prototype_figure,
 )
-from protoseg.model import Segmenter
+from protoseg.model import Segmenter, autocast
 from protoseg.report import make_folder, read_metrics, save_figure, write_text
 from protoseg.trainer import open_dataset
 from protoseg.visualize import outlined
@@ -83,13 +83,14 @@ def write_gallery(
     make_folder(out)
     print(f"{runs[0]}: looking at {min(images, len(seen))} images of {split}", flush=True)
     per_class = max(10, MOST_POINTS // min(len(first.classes), MOST_CLASSES))
-    surveys = [
-        survey(run.model, seen, _with_bar(spread_indices(len(seen), images), run.name), per_class=per_class)
-        for run in loaded
-    ]
+    surveys, shown = [], []
+    for run in loaded:
+        with autocast(run.config, device):
+            chosen = _with_bar(spread_indices(len(seen), images), run.name)
+            surveys.append(survey(run.model, seen, chosen, per_class=per_class))
+            shown.append(read_samples(run.model, val, spread_indices(len(val), samples)))
     deeds = surveys[0][0]
     assert deeds is not None, "a run with prototypes has a survey"
-    shown = [read_samples(run.model, val, spread_indices(len(val), samples)) for run in loaded]
 
     protos_CKD = head.prototypes.detach().float().cpu().numpy()
     live_C = head.initialized.cpu().numpy()

@@ -4,9 +4,9 @@ B images, C classes, K prototypes, D embedding channels; (H, W) input pixels, (h
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -246,6 +246,11 @@ def projection_input(name: str, backbone: Backbone, head: nn.Module) -> str:
     if name.startswith("hrnet"):
         return "maps"
     return "last" if name.startswith("resnet") and backbone.strides[-1] == head.stride else "embedding"
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """Forward passes in bfloat16, if configured: in training and whatever is done with the model later."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -20,6 +19,7 @@ from protoseg.data.files import in_short, with_classes
 from protoseg.data.loader import eval_loader
 from protoseg.inference import Protocol, segment
 from protoseg.metrics import Measures, measure
+from protoseg.model import autocast
 from protoseg.report import print_scores, save_figure, write_json, write_text
 from protoseg.score_figures import confusion_figure, reliability_figure
 from protoseg.trainer import open_dataset
@@ -59,7 +59,7 @@ def score_run(
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     with (
         closing(eval_loader(dataset, workers=config.data.workers, **ranks)) as loader,
-        torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
+        autocast(config, device),
     ):
         measures = measure(
             lambda image, size: segment(model, image, size, protocol, confidence=True),

@@ -16,7 +16,7 @@ from protoseg.config import Config, UserError
 from protoseg.contrast import PixelContrast
 from protoseg.data.loader import Batch
 from protoseg.losses import downsample_labels
-from protoseg.model import Segmenter, StepOutput, build_model, frozen_running_stats
+from protoseg.model import Segmenter, StepOutput, autocast, build_model, frozen_running_stats
 from protoseg.optim import build_optimizer, build_schedule
 
 
@@ -147,7 +147,7 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     small: list[Tensor] = []
     for part in micro:
         with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):
-            with autocast(run):
+            with autocast(run.config, run.device):
                 output = run.parallel(part.image, part.label, scales)
                 if output.contrast is not None:
                     projected.append(add_contrast_(run, output, part.index, len(micro)))
@@ -215,7 +215,7 @@ def start_prototypes_(run: Run, micro: list[Batch]) -> None:
     if not due and not (run.unseen and present_classes(small, head.num_classes) & run.unseen):
         return
     for part, labels in zip(micro, small):
-        with torch.no_grad(), frozen_running_stats(run.model), autocast(run):
+        with torch.no_grad(), frozen_running_stats(run.model), autocast(run.config, run.device):
             embedding, _ = run.model.embed(part.image)
             head.prepare_(embedding, labels)
     run.unseen = unseen_classes(run.model)
@@ -239,11 +239,6 @@ def unseen_classes(model: Segmenter) -> set[int]:
 def gradients_stay_local(run: Run, unless: bool) -> AbstractContextManager[Any]:
     """DDP averages gradients in the last micro-batch only."""
     return nullcontext() if unless or distributed.world_size() == 1 else run.parallel.no_sync()  # type: ignore
-
-
-def autocast(run: Run) -> AbstractContextManager[Any]:
-    """The forward pass in bfloat16, if configured."""
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.train.precision == "bf16")
 
 
 def finite_values(run: Run, outputs: list[StepOutput], stop: bool) -> dict[str, float]:

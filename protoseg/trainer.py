@@ -18,6 +18,7 @@ from protoseg.data.loader import EvalLoader, eval_loader, train_loader
 from protoseg.data.transforms import TrainTransform
 from protoseg.evaluate import Scores, evaluate
 from protoseg.inference import predict
+from protoseg.model import autocast
 from protoseg.report import (
     RunLog,
     clock,
@@ -212,7 +213,7 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
             )
             log.figure(f"samples/{name.replace('/', '_')}_{run.step:06d}", figure, run.step)
 
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.train.precision == "bf16"):
+    with autocast(run.config, run.device):
         scores = evaluate(
             lambda image, size: predict(run.model, image, size),
             val_loader,

@@ -318,14 +318,12 @@ def test_projection_keeps_pixels_and_prototypes_apart() -> None:
 
 
 def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two untrained models, the first as a run with two evaluations."""
+    """Two untrained models in bf16, the first as a run with two evaluations."""
     write_folder(tmp_path / "data")
     ours, linear = tmp_path / "ours", tmp_path / "linear"
-    backbone = {"name": "timm:test_efficientnet"}
-    model = write_checkpoint(ours / "last.pt", tiny_config(tmp_path / "data", backbone=backbone))
-    write_checkpoint(
-        linear / "last.pt", tiny_config(tmp_path / "data", backbone=backbone, classifier="linear")
-    )
+    small = {"backbone": {"name": "timm:test_efficientnet"}, "train": {"precision": "bf16"}}
+    model = write_checkpoint(ours / "last.pt", tiny_config(tmp_path / "data", **small))
+    write_checkpoint(linear / "last.pt", tiny_config(tmp_path / "data", classifier="linear", **small))
     assert model.prototypes is not None
     line = {"kind": "eval", "mIoU": 0.5, "prototype_health": model.prototypes.health().to_plain()}
     (ours / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **line}) + "\n" for s in (1, 2)))
