@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protoseg.clustering import own_similarities, sinkhorn
 from protoseg.prototypes import PrototypeHead, TrainingOutput
-from protoseg.scores import unit_rows
+from protoseg.scores import at_least_single
 
 
 class OfficialHead(PrototypeHead):
@@ -29,11 +29,10 @@ class OfficialHead(PrototypeHead):
         self.projection = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), nn.Conv2d(dim, dim, 1))
         self.feature_norm = nn.LayerNorm(dim)
 
-    def embed(self, features: Tensor) -> Tensor:
-        """Unit embeddings (N, D), normalised by row of the image first."""
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        by_width = F.normalize(self.projection(features), dim=-1)
-        return unit_rows(self.feature_norm(by_width.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    def _compared(self, features: Tensor) -> Tensor:
+        """Projected, and normalised by row of the image first."""
+        by_width = F.normalize(self.projection(at_least_single(features)), dim=-1)
+        return self.feature_norm(by_width.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def training_step(self, features: Tensor, labels: Tensor, scale: Tensor | None = None) -> TrainingOutput:
         """As the parent's, but `update_` will read a Gumbel draw; the losses have used the argmax."""

@@ -25,7 +25,7 @@ from protoseg.clustering import (
 )
 from protoseg.editing import Editing
 from protoseg.losses import loss_scale, ppc_loss, ppd_loss
-from protoseg.scores import class_scores, prototype_scores, unit, unit_rows
+from protoseg.scores import class_scores, map_scores, prototype_scores, unit, unit_rows
 
 __all__ = [
     "Health",
@@ -163,11 +163,11 @@ class PrototypeHead(Editing):
                 score_dtype=self.score_dtype,
                 chunk_size=self.chunk_size,
             )
-            logits = self._as_map(self._logits(scores_NC), features)
-            if not return_distance:
-                return logits
             batch, _, height, width = features.shape
-            return logits, 1 - scores_NC.amax(1).view(batch, height, width)
+            # (N, C) lies in memory as (C, N).
+            scores = scores_NC.t().view(self.num_classes, batch, height, width).transpose(0, 1)
+            logits = self._logits(scores)
+            return (logits, 1 - scores.amax(1)) if return_distance else logits
 
     def training_step(self, features: Tensor, labels: Tensor, scale: Tensor | None = None) -> TrainingOutput:
         """Logits, PPC, PPD and the assignment of one batch; changes nothing.
@@ -177,12 +177,11 @@ class PrototypeHead(Editing):
         take no part whose label is ignore_index, no class, or a class without prototypes: their loss is 0.
         """
         with torch.autocast(features.device.type, enabled=False):
-            emb_ND = self.embed(features)
             labels_N = self._valid_labels(features, labels)
             plain = self.score_norm == "scale"
-            scores_NC, own_NK, log_sum_exp_N = prototype_scores(
-                emb_ND,
-                self.prototypes.to(emb_ND.dtype),
+            scores, own_NK, log_sum_exp_N, emb_ND = map_scores(
+                self._compared(features),
+                self.prototypes,
                 labels_N,
                 self.temperature,
                 self.initialized,
@@ -205,7 +204,7 @@ class PrototypeHead(Editing):
                 scale = loss_scale([labels_N], -1, all_reduce=self.all_reduce)
             scale = scale.to(emb_ND.dtype)
             positive_N = own_NK.gather(1, assignment_N.clamp(min=0)[:, None])[:, 0]
-            logits = self._as_map(scores_NC if plain else self._logits(scores_NC), features)
+            logits = scores if plain else self._logits(scores)
             moves_N = labelled_N
             if self.update_pixels == "correct":
                 moves_N = labelled_N & (logits.detach().argmax(1).flatten() == labels_N)
@@ -217,7 +216,7 @@ class PrototypeHead(Editing):
                 own_NK.detach().argmax(1).view_as(labels),
                 labels_N.view_as(labels),
                 moves_N.view_as(labels),
-                emb_ND.detach(),
+                emb_ND,
             )
 
     @torch.no_grad()
@@ -317,11 +316,15 @@ class PrototypeHead(Editing):
 
     def embed(self, features: Tensor) -> Tensor:
         """Unit vectors (N, D) of a feature map (B, D, h, w), N = B·h·w: what prototypes are compared with."""
+        return unit_rows(self._compared(features))
+
+    def _compared(self, features: Tensor) -> Tensor:
+        """The map of which the pixels, at unit length, are compared with prototypes."""
         if features.ndim != 4 or features.shape[1] != self.dim:
             raise ValueError(
                 f"PrototypeHead: features must be (B, {self.dim}, h, w), got {tuple(features.shape)}"
             )
-        return unit_rows(features)
+        return features
 
     def _valid_labels(self, features: Tensor, labels: Tensor, only_initialized: bool = True) -> Tensor:
         """Labels (N,), −1 for pixels that take no part."""
@@ -338,27 +341,21 @@ class PrototypeHead(Editing):
             labels_N = torch.where(self.initialized[labels_N.clamp(min=0)], labels_N, -1)
         return labels_N
 
-    def _as_map(self, logits_NC: Tensor, features: Tensor) -> Tensor:
-        """(N, C) as a map (B, C, h, w)."""
-        batch, _, height, width = features.shape
-        return logits_NC.t().view(self.num_classes, batch, height, width).transpose(0, 1)
-
-    def _logits(self, scores_NC: Tensor) -> Tensor:
-        """Cosines (N, C) scaled or normalised."""
-        scores_CN = scores_NC.t()  # this is how they lie in memory
-        live_C1 = self.initialized[:, None]
-        shown_C1 = live_C1.to(scores_CN.dtype)
+    def _logits(self, scores: Tensor) -> Tensor:
+        """Cosines (B, C, h, w) scaled or normalised."""
+        live_C11 = self.initialized[:, None, None]
+        shown_C11 = live_C11.to(scores.dtype)
         if self.score_norm == "layer_norm":
             # Over the live classes only; the published code has LayerNorm here.
-            count = shown_C1.sum().clamp(min=1)
-            centred_CN = scores_CN - (scores_CN * shown_C1).sum(0) / count
-            variance_N = (centred_CN * shown_C1).square().sum(0) / count
-            scores_CN = centred_CN * (variance_N + 1e-5).rsqrt() * self.norm_weight[:, None]
-            fill_C1 = torch.where(live_C1, self.norm_bias[:, None], NOT_LIVE)
+            count = shown_C11.sum().clamp(min=1)
+            scores = scores - (scores * shown_C11).sum(1, keepdim=True) / count
+            variance = (scores * shown_C11).square().sum(1, keepdim=True) / count
+            scores = scores * (variance + 1e-5).rsqrt() * self.norm_weight[:, None, None]
+            fill_C11 = torch.where(live_C11, self.norm_bias[:, None, None], NOT_LIVE)
         else:
-            shown_C1 = shown_C1 * self.logit_scale
-            fill_C1 = NOT_LIVE * (~live_C1).to(scores_CN.dtype)
-        return torch.addcmul(fill_C1.to(scores_CN.dtype), scores_CN, shown_C1).t()
+            shown_C11 = shown_C11 * self.logit_scale
+            fill_C11 = NOT_LIVE * (~live_C11).to(scores.dtype)
+        return torch.addcmul(fill_C11.to(scores.dtype), scores, shown_C11)
 
     def _apply(self, fn: object, recurse: bool = True) -> "PrototypeHead":
         super()._apply(fn, recurse)

@@ -5,6 +5,9 @@ Pixels go through in chunks of n. Similarities are laid out (K, C, n): reduction
 whole rows of pixels, which is what vector units and GPUs like.
 """
 
+import functools
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_NORM = 1e-6  # below this a vector has no direction
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # similarities at a time, by device
-BLOCK = {"cpu": 1024, "cuda": 2**30}  # pixels of an image that are transposed at a time, by device
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # similarities at a time, by device
 GATHERED_BYTES = 3 * 2**19  # of the table of prototypes at a time: about what a core keeps near
 SMALLEST_CHUNK, LARGEST_CHUNK = {"cpu": 512, "cuda": 4096}, {"cpu": 2048, "cuda": 2**18}  # pixels
 
@@ -30,57 +32,20 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 
 def unit_rows(features: Tensor) -> Tensor:
     """The pixels of a map (B, D, h, w) as unit vectors (N, D), N = B·h·w; dtypes as in `unit`."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    if not features.requires_grad:
-        return _rows_and_lengths(features, dtype)[0]
-    return _UnitRows.apply(features, dtype)
+    if features.requires_grad and torch.is_grad_enabled():
+        return unit(features.permute(0, 2, 3, 1).flatten(0, 2))
+    return _rows_and_lengths(features)[0]
 
 
-def _rows_and_lengths(features: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Unit vectors (N, D) and the lengths (N, 1) that were divided by."""
-    batch, dim = features.shape[:2]
-    block = _by_device(BLOCK, features)
-    flat_BDP = features.flatten(2)
-    emb_BPD = features.new_empty(batch, flat_BDP.shape[2], dim, dtype=dtype)
-    length_BP1 = features.new_empty(batch, flat_BDP.shape[2], 1, dtype=dtype)
-    for image in range(batch):
-        for start in range(0, flat_BDP.shape[2], block):
-            at = slice(start, start + block)
-            rows_nD = emb_BPD[image, at]
-            rows_nD.copy_(flat_BDP[image, :, at].contiguous().t())
-            length_BP1[image, at] = rows_nD.norm(dim=1, keepdim=True).clamp_(min=MIN_NORM)
-            rows_nD.div_(length_BP1[image, at])
-    return emb_BPD.view(-1, dim), length_BP1.view(-1, 1)
-
-
-class _UnitRows(torch.autograd.Function):
-    """`unit` of the transposed map, in one pass of blocks: two N × D tensors less, and faster transposes."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, dtype: torch.dtype) -> Tensor:
-        emb_ND, length_N1 = _rows_and_lengths(features, dtype)
-        ctx.save_for_backward(emb_ND, length_N1)
-        ctx.shape = features.shape
-        ctx.dtype = features.dtype
-        return emb_ND
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        emb_ND, length_N1 = ctx.saved_tensors
-        batch = ctx.shape[0]
-        grad_BDP = emb_ND.new_empty(ctx.shape, dtype=ctx.dtype).flatten(2)
-        pixels, block = grad_BDP.shape[2], _by_device(BLOCK, emb_ND)
-        for image in range(batch):
-            for start in range(0, pixels, block):
-                stop = min(start + block, pixels)
-                at = slice(image * pixels + start, image * pixels + stop)
-                rows_nD = emb_ND[at]
-                along_n1 = (grads[0][at] * rows_nD).sum(1, keepdim=True)
-                # Where the length was clamped the division is by a constant.
-                along_n1 = along_n1 * (length_N1[at] > MIN_NORM)
-                rows_nD = torch.addcmul(grads[0][at], rows_nD, along_n1, value=-1).div_(length_N1[at])
-                grad_BDP[image, :, start:stop] = rows_nD.t()
-        return grad_BDP.view(ctx.shape), None
+def _rows_and_lengths(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors (N, D) and the lengths (N, 1) that were divided by: no N × D tensor besides."""
+    batch, dim, height, width = features.shape
+    emb_BhwD = features.new_empty(
+        batch, height, width, dim, dtype=torch.promote_types(features.dtype, torch.float32)
+    )
+    emb_ND = emb_BhwD.copy_(features.permute(0, 2, 3, 1)).view(-1, dim)
+    length_N1 = emb_ND.norm(dim=1, keepdim=True).clamp_(min=MIN_NORM)
+    return emb_ND.div_(length_N1), length_N1
 
 
 class Scores(NamedTuple):
@@ -89,6 +54,15 @@ class Scores(NamedTuple):
     classes_NC: Tensor  # scale · max over k of iᵀp_ck; not_live for classes that are not live
     own_NK: Tensor  # iᵀp_yk for the pixel's own class y; class 0 where the label is −1
     log_sum_exp_N: Tensor  # log Σ exp(iᵀp/τ) over the prototypes of all live classes
+
+
+class MapScores(NamedTuple):
+    """What `map_scores` returns: the same, with classes as a map, and the embeddings."""
+
+    classes: Tensor  # (B, C, h, w)
+    own_NK: Tensor
+    log_sum_exp_N: Tensor
+    emb_ND: Tensor  # unit vectors, detached
 
 
 def class_scores(
@@ -147,27 +121,55 @@ def prototype_scores(
     in passing. The gradient goes to emb_ND only; of prototypes that tie for the maximum the first one gets
     it.
     """
+    classes_BCP, *rest, _ = _scores(
+        at_least_single(emb_ND), protos_CKD, labels_N, temperature, live_C, scale, not_live, score_dtype,
+        chunk_size,
+    )  # fmt: skip
+    return Scores(classes_BCP[0].t(), *rest)
+
+
+def map_scores(
+    features: Tensor,
+    protos_CKD: Tensor,
+    labels_N: Tensor,
+    temperature: float = 0.1,
+    live_C: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    not_live: float = -1.0,
+    score_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> MapScores:
+    """`prototype_scores` of a map (B, D, h, w), whose pixels are brought to unit length here.
+
+    The same as `prototype_scores(unit_rows(features), …)`, with fewer N × D tensors and fewer transposes: the
+    gradient of a chunk goes through the unit length and back into the map while it is at hand.
+    """
+    classes_BCP, own_NK, log_sum_exp_N, emb_ND = _scores(
+        features, protos_CKD, labels_N, temperature, live_C, scale, not_live, score_dtype, chunk_size
+    )
+    return MapScores(classes_BCP.unflatten(2, features.shape[2:]), own_NK, log_sum_exp_N, emb_ND)
+
+
+def _scores(
+    source: Tensor,
+    protos_CKD: Tensor,
+    labels_N: Tensor,
+    temperature: float,
+    live_C: Tensor | None,
+    *options: Any,
+) -> tuple[Any, ...]:
     if live_C is None:
-        live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=emb_ND.device)
-    emb_ND = at_least_single(emb_ND)
-    with torch.autocast(emb_ND.device.type, enabled=False):
-        classes_CN, own_NK, log_sum_exp_N = _PrototypeScores.apply(
-            emb_ND,
-            protos_CKD.to(emb_ND.dtype),
-            labels_N.long(),
-            live_C,
-            temperature,
-            scale,
-            not_live,
-            score_dtype,
-            chunk_size,
-        )
-    return Scores(classes_CN.t(), own_NK, log_sum_exp_N)
+        live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=source.device)
+    protos_CKD = protos_CKD.to(torch.promote_types(source.dtype, torch.float32))
+    with torch.autocast(source.device.type, enabled=False):
+        return _PrototypeScores.apply(source, protos_CKD, labels_N.long(), live_C, temperature, *options)
 
 
 class _PrototypeScores(torch.autograd.Function):
-    """Forward already forms the gradient of the log-sum-exp, N·D numbers, since the similarities are at hand.
+    """Of rows (N, D) of unit length, or of a map (B, D, h, w).
 
+    Forward already forms the gradient of the log-sum-exp, N·D numbers, since the similarities are at hand.
     Backward then needs no similarities again. What is left, the gradient of the maxima and of the own class,
     touches one prototype per class and K more per pixel: a CPU gathers these rows, two products with all
     prototypes in all; for a GPU a third product is faster.
@@ -176,7 +178,7 @@ class _PrototypeScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        emb_ND: Tensor,
+        source: Tensor,
         protos_CKD: Tensor,
         labels_N: Tensor,
         live_C: Tensor,
@@ -185,9 +187,11 @@ class _PrototypeScores(torch.autograd.Function):
         not_live: float,
         score_dtype: torch.dtype | None,
         chunk_size: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         num_classes, num_prototypes, dim = protos_CKD.shape
-        num_pixels = len(emb_ND)
+        is_map = source.ndim == 4
+        emb_ND, length_N1 = _rows_and_lengths(source) if is_map else (source, None)
+        batch, pixels = (len(source), source.shape[2] * source.shape[3]) if is_map else (1, len(source))
         # A class that is not live shows another's prototypes, with weight 0: no overflow, no extra pass.
         shown_C = torch.where(live_C, torch.arange(num_classes, device=live_C.device), live_C.int().argmax())
         weight_M = live_C.to(emb_ND.dtype).repeat(num_prototypes)
@@ -195,105 +199,158 @@ class _PrototypeScores(torch.autograd.Function):
         scale_C1 = scale * temperature * live_C[:, None].to(emb_ND.dtype)
         lowest_C1 = not_live * (~live_C[:, None]).to(emb_ND.dtype)
         weighted_MD = rows_MD * weight_M[:, None].to(rows_MD.dtype)
+        # No shift by the maximum where exponentials and their sum cannot come near the ends of the dtype.
+        largest = math.log(torch.finfo(rows_MD.dtype).max) / 2
+        shifts = not is_map or 1 / temperature + math.log(len(rows_MD)) > largest
         # Not from TF32 or half products: the clustering needs these exactly.
         own_from_product = rows_MD.dtype == emb_ND.dtype and not emb_ND.is_cuda
         label_N = labels_N.clamp(min=0)
-        # k of the maximum by a product of bytes: `max(0)` with its indices is many times slower.
-        small_int = (
-            torch.int8 if num_prototypes < 128 else torch.int16 if num_prototypes < 2**15 else torch.int32
-        )
-        code_K11 = torch.arange(num_prototypes, 0, -1, device=emb_ND.device).to(small_int)[:, None, None]
 
-        classes_CN = emb_ND.new_empty(num_classes, num_pixels)
-        own_NK = emb_ND.new_empty(num_pixels, num_prototypes)
-        log_sum_exp_N = emb_ND.new_empty(num_pixels)
         with_grad = ctx.needs_input_grad[0]
+        classes_BCP = emb_ND.new_empty(batch, num_classes, pixels)
+        own_NK = emb_ND.new_empty(len(emb_ND), num_prototypes)
+        log_sum_exp_N = emb_ND.new_empty(len(emb_ND))
         best_CN = torch.empty(
-            num_classes if with_grad else 0, num_pixels, dtype=small_int, device=emb_ND.device
+            (num_classes if with_grad else 0, len(emb_ND)),
+            dtype=torch.int16 if len(rows_MD) < 2**15 else torch.int32,
+            device=emb_ND.device,
         )
-        lse_grad_ND = emb_ND.new_empty(num_pixels if with_grad else 0, dim)
+        lse_grad_ND = emb_ND.new_empty(len(emb_ND) if with_grad else 0, dim)
         chunk = _chunk(emb_ND, len(rows_MD), chunk_size)
-        # The big buffers are made once: fresh memory for each chunk can cost more than the product itself.
-        product_X = rows_MD.new_empty(len(rows_MD) * min(chunk, num_pixels))
-        is_top_X = torch.empty_like(product_X, dtype=torch.bool)
-        for start in range(0, num_pixels, chunk):
-            at = slice(start, min(start + chunk, num_pixels))
-            size = at.stop - start
+        # The big buffer is made once: fresh memory for each chunk can cost more than the product itself.
+        product_X = rows_MD.new_empty(len(rows_MD) * min(chunk, len(emb_ND)))
+        for images, at, flat in _pieces(batch, pixels, chunk):
+            size = flat.stop - flat.start
             product_Mn = product_X[: len(rows_MD) * size].view(-1, size)
-            torch.mm(rows_MD, emb_ND[at].to(rows_MD.dtype).t(), out=product_Mn)
+            torch.mm(rows_MD, emb_ND[flat].to(rows_MD.dtype).t(), out=product_Mn)
             sims_Mn = product_Mn.to(emb_ND.dtype)  # divided by τ
             sims_KCn = sims_Mn.view(num_prototypes, num_classes, size)
-            top_Cn = sims_KCn.amax(0)
-            torch.addcmul(lowest_C1, top_Cn, scale_C1, out=classes_CN[:, at])
-            if own_from_product:
-                index_K1n = label_N[at].expand(num_prototypes, 1, size)
-                own_NK[at] = sims_KCn.gather(1, index_K1n)[:, 0].t() * temperature
-            else:
-                own_NK[at] = own_similarities(emb_ND[at], protos_CKD, label_N[at])
             if with_grad:
-                is_top_KCn = torch.ge(sims_KCn, top_Cn, out=is_top_X[: sims_KCn.numel()].view_as(sims_KCn))
-                code_Cn = (is_top_KCn.view(torch.int8) * code_K11).amax(0)
-                best_CN[:, at] = (num_prototypes - code_Cn).clamp(max=num_prototypes - 1)
-            shift_n = top_Cn.amax(0)
-            exp_Mn = sims_Mn.sub_(shift_n).exp_()
+                top_Cn, row_Cn = _max_and_row(sims_KCn)
+                best_CN[:, flat] = row_Cn
+            else:
+                top_Cn = sims_KCn.amax(0)
+            classes_bCp = classes_BCP[images, :, at]
+            torch.addcmul(lowest_C1, _as_maps(top_Cn, classes_bCp), scale_C1, out=classes_bCp)
+            if own_from_product:
+                index_K1n = label_N[flat].expand(num_prototypes, 1, size)
+                torch.mul(sims_KCn.gather(1, index_K1n)[:, 0].t(), temperature, out=own_NK[flat])
+            else:
+                own_NK[flat] = own_similarities(emb_ND[flat], protos_CKD, label_N[flat])
+            if shifts:
+                shift_n = top_Cn.amax(0)
+                sims_Mn.sub_(shift_n)
+            exp_Mn = sims_Mn.exp_()
             sum_n = (weight_M @ exp_Mn).clamp(min=torch.finfo(emb_ND.dtype).tiny)  # 0 if no class is live
-            log_sum_exp_N[at] = sum_n.log() + shift_n
+            log_sum_exp_N[flat] = sum_n.log().add_(shift_n) if shifts else sum_n.log()
             if with_grad:
                 lse_grad_nD = exp_Mn.to(rows_MD.dtype).t() @ weighted_MD
-                torch.div(lse_grad_nD, sum_n[:, None], out=lse_grad_ND[at])
+                torch.div(lse_grad_nD, sum_n[:, None], out=lse_grad_ND[flat])
         own_NK.masked_fill_(~live_C[label_N][:, None], -1.0)
-        # Row c·K + k; a copy, so that the prototypes may move before backward.
-        table_MD = (protos_CKD * live_C[:, None, None]).flatten(0, 1)
-        ctx.save_for_backward(lse_grad_ND, best_CN, label_N, table_MD)
-        ctx.num_prototypes = num_prototypes
+        # A copy, so that the prototypes may move before backward.
+        table_MD = _k_major(protos_CKD * live_C[:, None, None])
+        ctx.save_for_backward(emb_ND if is_map else None, length_N1, lse_grad_ND, best_CN, label_N, table_MD)
+        ctx.source = source.shape, source.dtype
         ctx.scale = scale
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
-        return classes_CN, own_NK, log_sum_exp_N
+        if not is_map:
+            return classes_BCP, own_NK, log_sum_exp_N, None
+        ctx.mark_non_differentiable(emb_ND)
+        return classes_BCP, own_NK, log_sum_exp_N, emb_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_CN, grad_own_NK, grad_lse_N = grads
-        lse_grad_ND, best_CN, label_N, table_MD = ctx.saved_tensors
-        num_prototypes = ctx.num_prototypes
-        first_C = torch.arange(0, len(table_MD), num_prototypes, device=table_MD.device, dtype=torch.int32)
-        k_K = torch.arange(num_prototypes, device=table_MD.device)
-        per_block = max(1, GATHERED_BYTES // table_MD[:num_prototypes].nbytes)
-        grad_ND = torch.zeros_like(lse_grad_ND) if grad_lse_N is None else lse_grad_ND * grad_lse_N[:, None]
-        for start in range(0, len(grad_ND), ctx.chunk):
-            at = slice(start, min(start + ctx.chunk, len(grad_ND)))
-            terms = []
-            if grad_CN is not None:
-                terms.append((first_C[:, None] + best_CN[:, at], grad_CN[:, at] * ctx.scale))
-            if grad_own_NK is not None:
-                terms.append((label_N[at] * num_prototypes + k_K[:, None], grad_own_NK[at].t()))
-            if terms:
-                grad_ND[at] += _weighted_rows(table_MD, terms, per_block)
-        return grad_ND, *[None] * 8
+        emb_ND, length_N1, lse_grad_ND, best_CN, label_N, table_MD = ctx.saved_tensors
+        shape, dtype = ctx.source
+        batch, pixels = (shape[0], shape[2] * shape[3]) if emb_ND is not None else (1, shape[0])
+        num_classes, num_prototypes = len(best_CN), len(table_MD) // len(best_CN)
+        shapes = (batch, num_classes, pixels), (len(label_N), num_prototypes), (len(label_N),)
+        grad_BCP, grad_own_NK, grad_lse_N = (
+            lse_grad_ND.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes)
+        )
+        first_K = torch.arange(0, len(table_MD), num_classes, device=table_MD.device)
+        grad = lse_grad_ND.new_empty(shape, dtype=dtype)
+        for images, at, flat in _pieces(batch, pixels, ctx.chunk):
+            weight_Cn = grad_BCP[images, :, at].transpose(0, 1).flatten(1)
+            rows_nD = _weighted_rows(
+                table_MD,
+                (best_CN[:, flat].t(), weight_Cn.t(), ctx.scale),
+                (label_N[flat, None] + first_K, grad_own_NK[flat], 1.0),
+            )
+            rows_nD.addcmul_(lse_grad_ND[flat], grad_lse_N[flat, None])
+            if emb_ND is None:
+                grad[flat] = rows_nD
+                continue
+            # Through x / ‖x‖; where the length was clamped the division is by a constant.
+            along_n1 = (rows_nD * emb_ND[flat]).sum(1, keepdim=True) * (length_N1[flat] > MIN_NORM)
+            rows_nD.addcmul_(emb_ND[flat], along_n1, value=-1).div_(length_N1[flat])
+            target_bDp = grad.flatten(2)[images, :, at]
+            target_bDp.copy_(_as_maps(rows_nD.t(), target_bDp))
+        return grad, *[None] * 8
 
 
-def _weighted_rows(table_MD: Tensor, terms: list[tuple[Tensor, Tensor]], per_block: int) -> Tensor:
-    """Σ over terms (row_Jn, weight_Jn) and j of weight_jn · table[row_jn] (n, D).
+def _pieces(batch: int, pixels: int, chunk: int) -> Iterator[tuple[slice, slice, slice]]:
+    """At most `chunk` pixels at a time, of one image or of whole ones.
 
-    No row may come twice for one n within a term. per_block: how many j a CPU takes at a time; where row_j
-    lies in a part of the table of its own, a block of that part stays in the cache for all pixels.
+    Yields the images, the pixels within them, and the same pixels in a row of all.
     """
+    images = max(1, chunk // max(pixels, 1))
+    for image in range(0, batch, images):
+        for start in range(0, pixels, chunk):
+            stop = min(start + chunk, pixels)
+            last = min(image + images, batch) - 1
+            yield (
+                slice(image, last + 1),
+                slice(start, stop),
+                slice(image * pixels + start, last * pixels + stop),
+            )
+
+
+def _max_and_row(sims_KCn: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over k (C, n), and its row k·C + c, the first one of those that tie."""
+    num_prototypes, num_classes, size = sims_KCn.shape
+    if sims_KCn.is_cuda:
+        top_Cn, k_Cn = sims_KCn.max(0)
+        return top_Cn, k_Cn * num_classes + torch.arange(num_classes, device=k_Cn.device)[:, None]
+    # Pooling over an image of K rows and C columns whose channels, the pixels, lie last in memory. `max` does
+    # the same ten times slower.
+    image_1nKC = sims_KCn.view(1, num_prototypes, num_classes, size).permute(0, 3, 1, 2)
+    top_1n1C, row_1n1C = F.max_pool2d(image_1nKC, (num_prototypes, 1), return_indices=True)
+    return top_1n1C[0, :, 0].t(), row_1n1C[0, :, 0].t()
+
+
+def _as_maps(flat_Xn: Tensor, like_bYp: Tensor) -> Tensor:
+    """(X, b·p) as (b, X, p)."""
+    return flat_Xn.unflatten(1, (like_bYp.shape[0], like_bYp.shape[2])).transpose(0, 1)
+
+
+def _weighted_rows(table_MD: Tensor, *terms: tuple[Tensor, Tensor, float]) -> Tensor:
+    """Σ over terms (row_nJ, weight_nJ, scale) and j of scale · weight_nj · table[row_nj] (n, D).
+
+    No row may come twice for one n within a term.
+    """
+    size = len(terms[0][0])
     if table_MD.is_cuda:
         # Matrix units multiply the zeros faster than a GPU gathers n·J rows. No scatter_add_, whose order is
         # not fixed.
-        dense_Mn = table_MD.new_zeros(len(table_MD), terms[0][0].shape[1])
-        for row_Jn, weight_Jn in terms:
-            row_Jn = row_Jn.long()
-            dense_Mn.scatter_(0, row_Jn, dense_Mn.gather(0, row_Jn) + weight_Jn)
-        return dense_Mn.t() @ table_MD
-    parts = [
-        F.embedding_bag(
-            rows.t().contiguous(), table_MD, per_sample_weights=weights.t().contiguous(), mode="sum"
-        )
-        for row_Jn, weight_Jn in terms
-        for rows, weights in zip(row_Jn.split(per_block), weight_Jn.split(per_block))
-    ]
-    return torch.stack(parts).sum(0)
+        dense_nM = table_MD.new_zeros(size, len(table_MD))
+        for row_nJ, weight_nJ, scale in terms:
+            row_nJ = row_nJ.long()
+            dense_nM.scatter_(1, row_nJ, dense_nM.gather(1, row_nJ) + scale * weight_nJ)
+        return dense_nM @ table_MD
+    # Blocks of columns, so that the part of the table that belongs to their classes stays in the cache for
+    # all pixels.
+    blocks = -(-table_MD.nbytes // GATHERED_BYTES)
+    row_nX = torch.cat(
+        [row_nJ.to(torch.int32, memory_format=torch.contiguous_format) for row_nJ, _, _ in terms], 1
+    )
+    weight_nX = torch.cat([scale * weight_nJ for _, weight_nJ, scale in terms], 1)
+    parts = (
+        F.embedding_bag(row_nx.contiguous(), table_MD, per_sample_weights=weight_nx.contiguous(), mode="sum")
+        for row_nx, weight_nx in zip(row_nX.chunk(blocks, 1), weight_nX.chunk(blocks, 1))
+    )
+    return functools.reduce(Tensor.add_, parts)
 
 
 def own_similarities(emb_ND: Tensor, protos_CKD: Tensor, labels_N: Tensor) -> Tensor:
@@ -307,7 +364,7 @@ def _by_device(values: dict[str, int], like: Tensor) -> int:
     return values["cuda" if like.is_cuda else "cpu"]
 
 
-def _k_major(protos_CKD: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _k_major(protos_CKD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Prototypes as rows k·C + c, (M, D)."""
     return protos_CKD.transpose(0, 1).flatten(0, 1).to(dtype or protos_CKD.dtype)
 

@@ -21,7 +21,7 @@ from protoseg.clustering import (
     sinkhorn,
     start_prototypes,
 )
-from protoseg.scores import class_scores, prototype_scores, unit, unit_rows
+from protoseg.scores import class_scores, map_scores, prototype_scores, unit, unit_rows
 
 SIZES = [(23, 5, 4, 3), (7, 3, 1, 4), (9, 4, 3, 1), (1, 2, 2, 2), (5, 2, 1, 1), (40, 6, 3, 10)]  # N D C K
 
@@ -74,10 +74,69 @@ def test_scores_gradcheck():
         lambda x: tuple(prototype_scores(x, protos, labels, chunk_size=4)), emb.requires_grad_()
     )
     maps = torch.randn(2, 5, 3, 4, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(unit_rows, maps)
-    assert_close_report(
-        unit_rows(maps), unit(maps.permute(0, 2, 3, 1).reshape(-1, 5)), "unit_rows", "ND", 1e-15
-    )
+    labels = torch.randint(-1, 4, (24,))
+    assert torch.autograd.gradcheck(lambda x: tuple(map_scores(x, protos, labels, chunk_size=5)[:3]), maps)
+    for given in (maps, maps.detach()):  # two ways
+        expected = unit(given.permute(0, 2, 3, 1).reshape(-1, 5))
+        assert_close_report(unit_rows(given), expected, "unit_rows", "ND", 1e-15)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.002])  # without and with a shift before the exponentials
+@pytest.mark.parametrize("chunk_size", [None, 1, 5, 12, 30, 100])  # parts of an image, images, all
+@pytest.mark.parametrize("as_on_gpu", [False, True])
+def test_scores_of_a_map_are_those_of_its_unit_rows(temperature, chunk_size, as_on_gpu, monkeypatch):
+    if as_on_gpu:
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
+    _, protos, _ = case(1, 5, 4, 3)
+    features = torch.randn(3, 5, 4, 3, dtype=torch.double)
+    features[0, :, 0, 0] = 0
+    features[1, :, 0, 0] = 1e-9
+    labels = torch.randint(-1, 4, (36,))
+    live = torch.tensor([True, True, False, True])
+    options = {"scale": 7.0, "not_live": -30.0, "chunk_size": chunk_size}
+    grads = []
+    for of_map in (True, False):
+        x = features.clone().requires_grad_()
+        if of_map:
+            scores = map_scores(x, protos, labels, temperature, live, **options)
+            assert torch.equal(scores.emb_ND, unit_rows(features))
+            assert not scores.emb_ND.requires_grad
+            results = (scores.classes, *scores[1:3])
+        else:
+            classes, *others = prototype_scores(unit_rows(x), protos, labels, temperature, live, **options)
+            results = (classes.view(3, 4, 3, 4).permute(0, 3, 1, 2), *others)
+        generator = torch.Generator().manual_seed(1)
+        loss = sum(
+            (result * torch.randn(result.shape, generator=generator, dtype=result.dtype)).sum()
+            for result in results
+        )
+        grads.append((*results, *torch.autograd.grad(loss, x)))
+    for name, mine, plain in zip(("classes", "own", "lse", "gradient"), *grads):
+        relative = (mine - plain).abs() / plain.abs().clamp(min=1)
+        assert relative.max() < 1e-10, name
+
+
+def test_scores_of_half_maps_come_in_single_and_their_gradient_in_half():
+    _, protos, _ = case(1, 8, 4, 3, torch.float32)
+    features = torch.randn(2, 8, 4, 3).bfloat16().requires_grad_()
+    labels = torch.randint(-1, 4, (24,))
+    half = map_scores(features, protos, labels)
+    single = map_scores(features.float(), protos, labels)
+    for mine, plain in zip(half, single):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, plain)
+    half.classes.square().sum().backward()
+    assert features.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("length", [1e-3, 1e3])
+def test_rows_of_any_length_stay_finite(length):
+    emb, protos, labels = case(20, 8, 4, 3, torch.float32)
+    emb = (emb * length).requires_grad_()
+    for temperature in (0.1, 0.001):
+        scores = prototype_scores(emb, protos, labels, temperature)
+        sum(x.sum() for x in scores).backward()
+        assert all(x.isfinite().all() for x in (*scores, emb.grad))
 
 
 def test_scores_in_single_are_as_exact_as_the_plain_version():

@@ -35,9 +35,9 @@ def test_gumbel_draw_keeps_the_share_of_pixels_that_probabilities_as_logits_give
     k, n = 10, 20000
     head = OfficialHead(10, 1, k, start="random", score_norm="layer_norm", temperature=1.0)
     head.prototypes.copy_(torch.eye(10)[None])
-    head.embed = lambda features: torch.eye(10).repeat(n // 10, 1)  # type: ignore[method-assign]
-    labels = torch.zeros(1, 100, n // 100, dtype=torch.long)
-    out = head.training_step(torch.zeros(1, 10, 100, n // 100), labels)
+    corners = torch.eye(10).repeat(1, n // 10).view(1, 10, 100, n // 100)
+    head._compared = lambda features: features  # type: ignore[method-assign]
+    out = head.training_step(corners, torch.zeros(1, 100, n // 100, dtype=torch.long))
     kept = (out.assignment.flatten() == torch.arange(10).repeat(n // 10)).float().mean().item()
     expected = math.e / (math.e + k - 1)  # 0.232
     assert abs(kept - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
