@@ -17,7 +17,7 @@ from torch import Tensor
 MIN_NORM = 1e-6  # below this a vector has no direction
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # similarities at a time, by device
 GATHERED_BYTES = 3 * 2**19  # of the table of prototypes at a time: about what a core keeps near
-SMALLEST_CHUNK, LARGEST_CHUNK = {"cpu": 512, "cuda": 4096}, {"cpu": 2048, "cuda": 2**18}  # pixels
+SMALLEST_CHUNK, LARGEST_CHUNK = {"cpu": 512, "cuda": 4096}, {"cpu": 1536, "cuda": 2**18}  # pixels
 
 
 def at_least_single(x: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class _PrototypeScores(torch.autograd.Function):
             else:
                 top_Cn = sims_KCn.amax(0)
             classes_bCp = classes_BCP[images, :, at]
-            torch.addcmul(lowest_C1, _as_maps(top_Cn, classes_bCp), scale_C1, out=classes_bCp)
+            classes_bCp.copy_(torch.addcmul(lowest_C1, _as_maps(top_Cn, classes_bCp), scale_C1))
             if own_from_product:
                 index_K1n = label_N[flat].expand(num_prototypes, 1, size)
                 torch.mul(sims_KCn.gather(1, index_K1n)[:, 0].t(), temperature, out=own_NK[flat])
@@ -283,7 +283,7 @@ class _PrototypeScores(torch.autograd.Function):
                 grad[flat] = rows_nD
                 continue
             # Through x / ‖x‖; where the length was clamped the division is by a constant.
-            along_n1 = (rows_nD * emb_ND[flat]).sum(1, keepdim=True) * (length_N1[flat] > MIN_NORM)
+            along_n1 = torch.linalg.vecdot(rows_nD, emb_ND[flat])[:, None] * (length_N1[flat] > MIN_NORM)
             rows_nD.addcmul_(emb_ND[flat], along_n1, value=-1).div_(length_N1[flat])
             target_bDp = grad.flatten(2)[images, :, at]
             target_bDp.copy_(_as_maps(rows_nD.t(), target_bDp))
@@ -342,10 +342,13 @@ def _weighted_rows(table_MD: Tensor, *terms: tuple[Tensor, Tensor, float]) -> Te
     # Blocks of columns, so that the part of the table that belongs to their classes stays in the cache for
     # all pixels.
     blocks = -(-table_MD.nbytes // GATHERED_BYTES)
-    row_nX = torch.cat(
-        [row_nJ.to(torch.int32, memory_format=torch.contiguous_format) for row_nJ, _, _ in terms], 1
-    )
-    weight_nX = torch.cat([scale * weight_nJ for _, weight_nJ, scale in terms], 1)
+    counts = [row_nJ.shape[1] for row_nJ, _, _ in terms]
+    row_nX = torch.empty(size, sum(counts), dtype=torch.int32)
+    weight_nX = table_MD.new_empty(row_nX.shape)
+    for row_nj, weight_nj, term in zip(row_nX.split(counts, 1), weight_nX.split(counts, 1), terms):
+        row_nJ, weight_nJ, scale = term
+        row_nj.copy_(row_nJ)
+        weight_nj.copy_(weight_nJ).mul_(scale)
     parts = (
         F.embedding_bag(row_nx.contiguous(), table_MD, per_sample_weights=weight_nx.contiguous(), mode="sum")
         for row_nx, weight_nx in zip(row_nX.chunk(blocks, 1), weight_nX.chunk(blocks, 1))

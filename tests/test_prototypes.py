@@ -218,7 +218,9 @@ def test_micro_batches_make_one_update():
     assert_close_report(parts.prototypes, whole.prototypes, "prototypes", "CKD", 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"update_pixels": "correct", "score_norm": "layer_norm"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 5}, {"update_pixels": "correct", "score_norm": "layer_norm"}]
+)
 def test_step_and_update_compile_in_one_graph(options):
     head, compiled = (head_of(**options) for _ in range(2))
     features, labels = batch()
