@@ -309,10 +309,6 @@ class PixelMemory(nn.Module):
         self.rows_SD.index_copy_(0, slot_R, rows.reshape(-1, self.dim))
         self.rows_SD[self.spare].zero_()
 
-    def count_C(self) -> Tensor:
-        """Number of filled slots of each class, (C,) int64."""
-        return self.pixel_fill_C + self.region_valid_CR.sum(1)
-
     def fill(self) -> dict[str, Tensor]:
         """Filled share of each class's slots, (C,) float32: `pixel_fill`, `region_fill`, where they exist."""
         shares = {}
@@ -323,33 +319,35 @@ class PixelMemory(nn.Module):
         return shares
 
     @torch.no_grad()
-    def draw(self, want_C: Tensor, width: int, seed: int, step: int) -> Tensor:
-        """Draw `want_C[c]` (at most what is filled) different filled slots of each class, keyed by (seed,
-        step).
+    def draw(self, most_C: Tensor, width: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Draw up to `most_C[c]` different filled slots of each class, keyed by (seed, step).
 
         The filled slots form a circle that is cut into as many arcs as are wanted, at a random place, and
         each arc gives one uniform slot: every slot is equally likely, none comes twice. Of the memory only
-        one bit per region is read. Returns rows of `rows_SD`, (C, width); entries from want_C on are
-        arbitrary.
+        one bit per region is read. Returns rows of `rows_SD`, (C, width), and how many were drawn, (C,);
+        rows from there on are arbitrary.
         """
-        device = want_C.device
+        device = most_C.device
         class_C1 = torch.arange(self.num_classes, device=device)[:, None]
-        filled_C1 = self.count_C().clamp(min=1)[:, None]
-        want_C1 = want_C.clamp(min=1)[:, None]
+        running_CR = F.pad(self.region_valid_CR.cumsum(1), (1, 0))
+        filled_C = self.pixel_fill_C + running_CR[:, -1]
+        drawn_C = torch.minimum(most_C, filled_C)
+        filled_C1, drawn_C1 = filled_C.clamp(min=1)[:, None], drawn_C.clamp(min=1)[:, None]
         state_C1 = fold(draw_state(seed, step, 2, device), class_C1)
         arc_Q = torch.arange(width, device=device)
-        low_CQ, high_CQ = arc_Q * filled_C1 // want_C1, (arc_Q + 1) * filled_C1 // want_C1
+        low_CQ, high_CQ = arc_Q * filled_C1 // drawn_C1, (arc_Q + 1) * filled_C1 // drawn_C1
         inside_CQ = to_key(fold(state_C1, arc_Q)) % (high_CQ - low_CQ).clamp(min=1)
         turn_C1 = to_key(fold(state_C1, torch.full_like(state_C1, width))) % filled_C1
         slot_CQ = (low_CQ + inside_CQ + turn_C1) % filled_C1
         pixel_CQ = class_C1 * self.pixel_slots + slot_CQ
         if not self.region_slots:
-            return pixel_CQ
+            return pixel_CQ, drawn_C
         # the n-th filled region lies where the running count of filled regions first reaches n
         region_CQ = slot_CQ - self.pixel_fill_C[:, None]
-        place_CQ = torch.searchsorted(self.region_valid_CR.cumsum(1), region_CQ + 1)
+        place_CQ = torch.searchsorted(running_CR, region_CQ + 1) - 1
         first_C1 = self.num_classes * self.pixel_slots + class_C1 * self.region_slots
-        return torch.where(region_CQ < 0, pixel_CQ, first_C1 + place_CQ.clamp(max=self.region_slots - 1))
+        place_CQ = place_CQ.clamp(max=self.region_slots - 1)
+        return torch.where(region_CQ < 0, pixel_CQ, first_C1 + place_CQ), drawn_C
 
     def everything(self) -> tuple[Tensor, Tensor]:
         """All slots: embeddings (C, T + R, D) float32 and valid (C, T + R)."""

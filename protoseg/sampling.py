@@ -96,7 +96,7 @@ def balanced_pool(
     memory_C = torch.zeros_like(batch_C)
     if memory is not None:
         room_C = torch.clamp(per_class - batch_C, min=per_class // 2)
-        memory_C = torch.minimum(memory.count_C(), room_C)
+        slot_CQ, memory_C = memory.draw(room_C, per_class, seed, step)
         batch_C = torch.minimum(batch_C, per_class - memory_C)
     place_Q = torch.arange(per_class, device=pixel_CQ.device)
     from_batch_CQ = place_Q < batch_C[:, None]
@@ -106,7 +106,6 @@ def balanced_pool(
     if memory is None:
         rows_LD = emb_MD.new_zeros(len(mine_L) + 1, emb_MD.shape[1])
     else:
-        slot_CQ = memory.draw(memory_C, per_class, seed, step)
         slot_CQ = slot_CQ.gather(1, (place_Q - batch_C[:, None]).clamp(min=0))
         slot_CQ = torch.where(from_batch_CQ | (rank > 0), memory.spare, slot_CQ)
         slot_L = F.pad(slot_CQ.flatten(), (0, 1), value=memory.spare)

@@ -304,7 +304,7 @@ def test_pool_is_balanced_half_batch_half_memory_and_fills_up() -> None:
             own = slots[pool.class_L[slots] < CLASSES]
             assert (pool.class_L[own] == c).all()
             from_batch = pool.pixel_L[own][pool.pixel_L[own] >= 0]
-            in_batch, in_memory = int((class_N == c).sum()), int(memory.count_C()[c])
+            in_batch, in_memory = int((class_N == c).sum()), int(memory.everything()[1][c].sum())
             counts = (len(from_batch), len(own) - len(from_batch))
             assert counts == (expected[c] if expected else (in_batch, in_memory))
             assert from_batch.unique().numel() == len(from_batch)

@@ -196,9 +196,10 @@ def test_memory_draw_takes_filled_slots_only_evenly_and_once(kind: str) -> None:
     memory.rows_SD.copy_(torch.arange(len(memory.rows_SD))[:, None].expand_as(memory.rows_SD))
     rows_CSD, filled_CS = memory.everything()
     row_CS = rows_CSD[:, :, 0].long()
-    want, hits = torch.minimum(torch.tensor([5, 3, 2]), memory.count_C()), torch.zeros(len(memory.rows_SD))
+    most, hits = torch.tensor([5, 3, 2]), torch.zeros(len(memory.rows_SD))
     for step in range(3000):
-        drawn_CQ = memory.draw(want, 6, SEED, step)
+        drawn_CQ, want = memory.draw(most, 6, SEED, step)
+        assert torch.equal(want, torch.minimum(most, filled_CS.sum(1)))
         for c in range(3):
             drawn = drawn_CQ[c, : int(want[c])]
             assert torch.isin(drawn, row_CS[c][filled_CS[c]]).all()
