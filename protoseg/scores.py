@@ -198,7 +198,7 @@ class _PrototypeScores(torch.autograd.Function):
         rows_MD = _k_major(protos_CKD[shown_C] / temperature, score_dtype)
         scale_C1 = scale * temperature * live_C[:, None].to(emb_ND.dtype)
         lowest_C1 = not_live * (~live_C[:, None]).to(emb_ND.dtype)
-        weighted_MD = rows_MD * weight_M[:, None].to(rows_MD.dtype)
+        weighted_DM = rows_MD.t() * weight_M.to(rows_MD.dtype)
         # No shift by the maximum where exponentials and their sum cannot come near the ends of the dtype.
         largest = math.log(torch.finfo(rows_MD.dtype).max) / 2
         shifts = not is_map or 1 / temperature + math.log(len(rows_MD)) > largest
@@ -215,7 +215,7 @@ class _PrototypeScores(torch.autograd.Function):
             dtype=torch.int16 if len(rows_MD) < 2**15 else torch.int32,
             device=emb_ND.device,
         )
-        lse_grad_ND = emb_ND.new_empty(len(emb_ND) if with_grad else 0, dim)
+        lse_grad_BDP = emb_ND.new_empty(batch if with_grad else 0, dim, pixels)
         chunk = _chunk(emb_ND, len(rows_MD), chunk_size)
         # The big buffer is made once: fresh memory for each chunk can cost more than the product itself.
         product_X = rows_MD.new_empty(len(rows_MD) * min(chunk, len(emb_ND)))
@@ -244,12 +244,13 @@ class _PrototypeScores(torch.autograd.Function):
             sum_n = (weight_M @ exp_Mn).clamp(min=torch.finfo(emb_ND.dtype).tiny)  # 0 if no class is live
             log_sum_exp_N[flat] = sum_n.log().add_(shift_n) if shifts else sum_n.log()
             if with_grad:
-                lse_grad_nD = exp_Mn.to(rows_MD.dtype).t() @ weighted_MD
-                torch.div(lse_grad_nD, sum_n[:, None], out=lse_grad_ND[flat])
+                lse_grad_bDp = lse_grad_BDP[images, :, at]
+                lse_grad_Dn = weighted_DM @ exp_Mn.to(rows_MD.dtype)
+                lse_grad_bDp.copy_(_as_maps(lse_grad_Dn.div_(sum_n), lse_grad_bDp))
         own_NK.masked_fill_(~live_C[label_N][:, None], -1.0)
         # A copy, so that the prototypes may move before backward.
         table_MD = _k_major(protos_CKD * live_C[:, None, None])
-        ctx.save_for_backward(emb_ND if is_map else None, length_N1, lse_grad_ND, best_CN, label_N, table_MD)
+        ctx.save_for_backward(emb_ND if is_map else None, length_N1, lse_grad_BDP, best_CN, label_N, table_MD)
         ctx.source = source.shape, source.dtype
         ctx.scale = scale
         ctx.chunk = chunk
@@ -261,16 +262,16 @@ class _PrototypeScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        emb_ND, length_N1, lse_grad_ND, best_CN, label_N, table_MD = ctx.saved_tensors
+        emb_ND, length_N1, lse_grad_BDP, best_CN, label_N, table_MD = ctx.saved_tensors
         shape, dtype = ctx.source
         batch, pixels = (shape[0], shape[2] * shape[3]) if emb_ND is not None else (1, shape[0])
         num_classes, num_prototypes = len(best_CN), len(table_MD) // len(best_CN)
         shapes = (batch, num_classes, pixels), (len(label_N), num_prototypes), (len(label_N),)
         grad_BCP, grad_own_NK, grad_lse_N = (
-            lse_grad_ND.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes)
+            lse_grad_BDP.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes)
         )
         first_K = torch.arange(0, len(table_MD), num_classes, device=table_MD.device)
-        grad = lse_grad_ND.new_empty(shape, dtype=dtype)
+        grad = lse_grad_BDP.new_empty(shape, dtype=dtype)
         for images, at, flat in _pieces(batch, pixels, ctx.chunk):
             weight_Cn = grad_BCP[images, :, at].transpose(0, 1).flatten(1)
             rows_nD = _weighted_rows(
@@ -278,7 +279,9 @@ class _PrototypeScores(torch.autograd.Function):
                 (best_CN[:, flat].t(), weight_Cn.t(), ctx.scale),
                 (label_N[flat, None] + first_K, grad_own_NK[flat], 1.0),
             )
-            rows_nD.addcmul_(lse_grad_ND[flat], grad_lse_N[flat, None])
+            lse_grad_bDp = lse_grad_BDP[images, :, at]
+            rows_bDp = _as_maps(rows_nD.t(), lse_grad_bDp)
+            rows_bDp.addcmul_(lse_grad_bDp, _as_maps(grad_lse_N[None, flat], lse_grad_bDp))
             if emb_ND is None:
                 grad[flat] = rows_nD
                 continue
@@ -286,7 +289,7 @@ class _PrototypeScores(torch.autograd.Function):
             along_n1 = torch.linalg.vecdot(rows_nD, emb_ND[flat])[:, None] * (length_N1[flat] > MIN_NORM)
             rows_nD.addcmul_(emb_ND[flat], along_n1, value=-1).div_(length_N1[flat])
             target_bDp = grad.flatten(2)[images, :, at]
-            target_bDp.copy_(_as_maps(rows_nD.t(), target_bDp))
+            target_bDp.copy_(rows_bDp)
         return grad, *[None] * 8
 
 
