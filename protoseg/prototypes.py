@@ -177,10 +177,11 @@ class PrototypeHead(Editing):
         take no part whose label is ignore_index, no class, or a class without prototypes: their loss is 0.
         """
         with torch.autocast(features.device.type, enabled=False):
+            compared = self._compared(features)
             labels_N = self._valid_labels(features, labels)
             plain = self.score_norm == "scale"
             scores, own_NK, log_sum_exp_N, emb_ND = map_scores(
-                self._compared(features),
+                compared,
                 self.prototypes,
                 labels_N,
                 self.temperature,
