@@ -14,13 +14,23 @@ from protoseg.model import Segmenter, build_model
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename: a crash never leaves half a file under the real name."""
+    """Write to a temporary name, then rename: a crash never leaves half a file under the real name.
+
+    Errors: UserError if it cannot be written; then the file of that name stays as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch hides the reason behind a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise UserError(
+            f"{path}: cannot be written ({reason}); an earlier file of that name is whole"
+        ) from None
 
 
 def segmenter_content(

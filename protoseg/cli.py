@@ -124,6 +124,12 @@ def run(verb: str, arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror}; what was written before is good", file=sys.stderr)
+        return 2
     except Interrupted as stopped:
         print(stopped)
         return 128 + stopped.signal

@@ -20,6 +20,7 @@ from torchvision.io import write_png
 
 from protoseg import distributed
 from protoseg.checkpoint import load_checkpoint, load_segmenter, save_checkpoint
+from protoseg.cli import COMMANDS
 from protoseg.cli import run as command
 from protoseg.config import Config, UserError, config_from, load_config
 from protoseg.data.loader import Batch
@@ -354,3 +355,32 @@ def test_linear_classifier_trains_too(tmp_path: Path) -> None:
 
 def test_load_config_of_the_run_folder_is_the_run(trained: Path) -> None:
     assert load_config(trained / "config.yaml") == tiny()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def full(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 4 vs 0")  # as torch says it
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written \(is the disk full\?\)"):
+        save_checkpoint(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_other_errors_of_files_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(arguments: Sequence[str]) -> None:
+        raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
+
+    monkeypatch.setitem(COMMANDS, "train", fails)
+    assert command("train", []) == 2
+    said = "error: runs/x/metrics.jsonl: No space left on device; what was written before is good\n"
+    assert capsys.readouterr().err == said
