@@ -6,6 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# OpenMP's threads spin while they wait for each other, by default so long that one busy process beside a
+# training on all cores slows it down twentyfold. Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 
 from protoseg import distributed
