@@ -280,7 +280,7 @@ class _PrototypeScores(torch.autograd.Function):
                 (label_N[flat, None] + first_K, grad_own_NK[flat], 1.0),
             )
             lse_grad_bDp = lse_grad_BDP[images, :, at]
-            rows_bDp = _as_maps(rows_nD.t(), lse_grad_bDp)
+            rows_bDp = _as_maps(rows_nD.t(), lse_grad_bDp)  # the same memory
             rows_bDp.addcmul_(lse_grad_bDp, _as_maps(grad_lse_N[None, flat], lse_grad_bDp))
             if emb_ND is None:
                 grad[flat] = rows_nD

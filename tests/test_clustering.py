@@ -139,17 +139,27 @@ def test_rows_of_any_length_stay_finite(length):
         assert all(x.isfinite().all() for x in (*scores, emb.grad))
 
 
-def test_scores_in_single_are_as_exact_as_the_plain_version():
+@pytest.mark.parametrize("of_map", [False, True])
+def test_scores_in_single_are_as_exact_as_the_plain_version(of_map):
     emb, protos, labels = case(500, 64, 20, 10)
-    emb.requires_grad_()
-    truth = prototype_scores(emb, protos, labels).log_sum_exp_N
-    (truth_grad,) = torch.autograd.grad(truth.sum(), emb)
-    single = emb.detach().float().requires_grad_()
-    ours = prototype_scores(single, protos.float(), labels).log_sum_exp_N
-    plain = (torch.einsum("nd,ckd->nck", single, protos.float()) / 0.1).flatten(1).logsumexp(1)
-    for mine, naive, true in (
-        (ours, plain, truth),
-        (*(torch.autograd.grad(x.sum(), single)[0] for x in (ours, plain)), truth_grad),
+
+    def ours(x, protos):
+        if not of_map:
+            return prototype_scores(x, protos, labels).log_sum_exp_N
+        return map_scores(x.t().view(1, 64, 20, 25), protos, labels).log_sum_exp_N
+
+    def plain(x, protos):
+        x = unit(x) if of_map else x
+        return (torch.einsum("nd,ckd->nck", x, protos) / 0.1).flatten(1).logsumexp(1)
+
+    def value_and_gradient(function, dtype):
+        x = emb.to(dtype, copy=True).requires_grad_()
+        value = function(x, protos.to(dtype))
+        return value, torch.autograd.grad(value.sum(), x)[0]
+
+    truth = value_and_gradient(plain, torch.double)
+    for mine, naive, true in zip(
+        value_and_gradient(ours, torch.float32), value_and_gradient(plain, torch.float32), truth
     ):
         assert (mine - true).abs().max() <= (naive - true).abs().max() + 2e-6
 
