@@ -1,5 +1,6 @@
 """Checkpoints: tensors and plain data only, written whole or not at all, read without executing anything."""
 
+import contextlib
 import os
 import pickle
 from collections.abc import Sequence
@@ -25,11 +26,16 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch hides the reason behind a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # torch reports a failed write as a RuntimeError of its own, on top of the OSError.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
         raise UserError(
-            f"{path}: cannot be written ({reason}); an earlier file of that name is whole"
+            f"{path}: cannot be written ({reason.strerror or reason});"
+            " a file of that name, if there was one, is still whole"
         ) from None
 
 

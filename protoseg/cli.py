@@ -1,14 +1,16 @@
 """The command line: `protoseg VERB …`; tools/VERB.py calls the same functions."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# OpenMP's threads spin while they wait for each other, by default so long that one busy process beside a
+# GNU OpenMP's threads spin while they wait for each other, by default so long that one busy process beside a
 # training on all cores slows it down twentyfold. Read when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
@@ -25,6 +27,7 @@ from protoseg.gallery import write_gallery
 from protoseg.sweep import LocalLauncher, SlurmLauncher, load_sweep, run_sweep
 from protoseg.trainer import Interrupted, train
 
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 OVERRIDES = "configuration values on top of the file's, for example train.iterations=1000"
 
 
@@ -122,17 +125,17 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 
 
 def run(verb: str, arguments: Sequence[str] | None = None) -> int:
-    """Run one command → exit code: 0, 1 for bad data, 2 for a user's mistake, 128 + signal if interrupted."""
+    """Run one command → exit code: 0; 1 for bad data; 2 for a user's mistake or a full disk; 128 + signal."""
     try:
         return COMMANDS[verb](sys.argv[1:] if arguments is None else arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.strerror is None:
+        if error.errno not in OF_THE_DISK:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror}; what was written before is good", file=sys.stderr)
+        print(f"error: {where}{error.strerror}; the last checkpoint is whole", file=sys.stderr)
         return 2
     except Interrupted as stopped:
         print(stopped)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MIN_NORM = 1e-6  # below this a vector has no direction
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # similarities at a time, by device
@@ -143,7 +144,8 @@ def map_scores(
     """`prototype_scores` of a map (B, D, h, w), whose pixels are brought to unit length here.
 
     The same as `prototype_scores(unit_rows(features), …)`, with fewer N × D tensors and fewer transposes: the
-    gradient of a chunk goes through the unit length and back into the map while it is at hand.
+    gradient of a chunk goes through the unit length and back into the map while it is at hand. protos_CKD
+    must have unit length: longer ones can make exponentials overflow, as no maximum is subtracted.
     """
     classes_BCP, own_NK, log_sum_exp_N, emb_ND = _scores(
         features, protos_CKD, labels_N, temperature, live_C, scale, not_live, score_dtype, chunk_size
@@ -161,7 +163,7 @@ def _scores(
 ) -> tuple[Any, ...]:
     if live_C is None:
         live_C = torch.ones(len(protos_CKD), dtype=torch.bool, device=source.device)
-    protos_CKD = protos_CKD.to(torch.promote_types(source.dtype, torch.float32))
+    protos_CKD = protos_CKD.detach().to(torch.promote_types(source.dtype, torch.float32))
     with torch.autocast(source.device.type, enabled=False):
         return _PrototypeScores.apply(source, protos_CKD, labels_N.long(), live_C, temperature, *options)
 
@@ -199,7 +201,8 @@ class _PrototypeScores(torch.autograd.Function):
         scale_C1 = scale * temperature * live_C[:, None].to(emb_ND.dtype)
         lowest_C1 = not_live * (~live_C[:, None]).to(emb_ND.dtype)
         weighted_DM = rows_MD.t() * weight_M.to(rows_MD.dtype)
-        # No shift by the maximum where exponentials and their sum cannot come near the ends of the dtype.
+        # No shift by the maximum where exponentials of cosines / τ, and their sum, cannot come near the ends
+        # of the dtype. Rows, which the caller gives, are always shifted: they may be longer than they should.
         largest = math.log(torch.finfo(rows_MD.dtype).max) / 2
         shifts = not is_map or 1 / temperature + math.log(len(rows_MD)) > largest
         # Not from TF32 or half products: the clustering needs these exactly.
@@ -261,14 +264,20 @@ class _PrototypeScores(torch.autograd.Function):
         return classes_BCP, own_NK, log_sum_exp_N, emb_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.autocast(ctx.saved_tensors[-1].device.type, enabled=False):
+            return _PrototypeScores._gradient(ctx, *grads[:3]), *[None] * 8
+
+    @staticmethod
+    def _gradient(ctx: Any, *grads: Tensor | None) -> Tensor:
         emb_ND, length_N1, lse_grad_BDP, best_CN, label_N, table_MD = ctx.saved_tensors
         shape, dtype = ctx.source
         batch, pixels = (shape[0], shape[2] * shape[3]) if emb_ND is not None else (1, shape[0])
         num_classes, num_prototypes = len(best_CN), len(table_MD) // len(best_CN)
-        shapes = (batch, num_classes, pixels), (len(label_N), num_prototypes), (len(label_N),)
+        sizes = (batch, num_classes, pixels), (len(label_N), num_prototypes), (len(label_N),)
         grad_BCP, grad_own_NK, grad_lse_N = (
-            lse_grad_BDP.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes)
+            lse_grad_BDP.new_zeros(size) if grad is None else grad for grad, size in zip(grads, sizes)
         )
         first_K = torch.arange(0, len(table_MD), num_classes, device=table_MD.device)
         grad = lse_grad_BDP.new_empty(shape, dtype=dtype)
@@ -290,7 +299,7 @@ class _PrototypeScores(torch.autograd.Function):
             rows_nD.addcmul_(emb_ND[flat], along_n1, value=-1).div_(length_N1[flat])
             target_bDp = grad.flatten(2)[images, :, at]
             target_bDp.copy_(rows_bDp)
-        return grad, *[None] * 8
+        return grad
 
 
 def _pieces(batch: int, pixels: int, chunk: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -344,9 +353,9 @@ def _weighted_rows(table_MD: Tensor, *terms: tuple[Tensor, Tensor, float]) -> Te
         return dense_nM @ table_MD
     # Blocks of columns, so that the part of the table that belongs to their classes stays in the cache for
     # all pixels.
-    blocks = -(-table_MD.nbytes // GATHERED_BYTES)
+    blocks = -(-table_MD.numel() * table_MD.itemsize // GATHERED_BYTES)
     counts = [row_nJ.shape[1] for row_nJ, _, _ in terms]
-    row_nX = torch.empty(size, sum(counts), dtype=torch.int32)
+    row_nX = torch.empty(size, sum(counts), dtype=torch.int32, device=table_MD.device)
     weight_nX = table_MD.new_empty(row_nX.shape)
     for row_nj, weight_nj, term in zip(row_nX.split(counts, 1), weight_nX.split(counts, 1), terms):
         row_nJ, weight_nJ, scale = term

@@ -134,10 +134,14 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 import protoseg.cli
 """
-    for given, expected in ((None, "10000"), ("7", "7")):
-        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-        environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    for given, expected in (
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=rest | given
         )
         assert done.stdout.strip() == expected

@@ -129,6 +129,31 @@ def test_scores_of_half_maps_come_in_single_and_their_gradient_in_half():
     assert features.grad.dtype == torch.bfloat16
 
 
+def test_the_gradient_is_that_of_the_embedding_and_only_once():
+    emb, protos, labels = case(20, 8, 4, 3, torch.float32)
+    features = emb.t().reshape(1, 8, 4, 5)
+    learnable = protos.clone().requires_grad_()
+    assert not map_scores(features, learnable, labels).classes.requires_grad
+    assert not prototype_scores(emb, learnable, labels).classes_NC.requires_grad
+
+    x = features.clone().requires_grad_()
+    value = map_scores(x, protos, labels).log_sum_exp_N.square().sum()
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_autocast_around_backward_changes_nothing():
+    emb, protos, labels = case(20, 8, 4, 3, torch.float32)
+    grads = []
+    for enabled in (False, True):
+        x = emb.t().reshape(1, 8, 4, 5).clone().requires_grad_()
+        value = map_scores(x, protos, labels).classes.square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(value, x)[0])
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("length", [1e-3, 1e3])
 def test_rows_of_any_length_stay_finite(length):
     emb, protos, labels = case(20, 8, 4, 3, torch.float32)

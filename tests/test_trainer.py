@@ -365,16 +365,28 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_half_one(
 
     def full(content: Any, file: Any) -> None:
         file.write(b"half")
-        raise RuntimeError("unexpected pos 4 vs 0")  # as torch says it
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 4 vs 0")  # as torch says it  # noqa: B904
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"last\.pt: cannot be written \(is the disk full\?\)"):
-        save_checkpoint(path, {"step": 2})
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"last\.pt: cannot be written \(No space left on device\)"):
+            save_checkpoint(path, {"step": 2})
+
+    def broken(content: Any, file: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", broken)
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            save_checkpoint(path, {"step": 2})
     assert torch.load(path, weights_only=True) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_other_errors_of_files_are_one_line(
+def test_errors_of_the_disk_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(arguments: Sequence[str]) -> None:
@@ -382,5 +394,14 @@ def test_other_errors_of_files_are_one_line(
 
     monkeypatch.setitem(COMMANDS, "train", fails)
     assert command("train", []) == 2
-    said = "error: runs/x/metrics.jsonl: No space left on device; what was written before is good\n"
+    said = "error: runs/x/metrics.jsonl: No space left on device; the last checkpoint is whole\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(arguments: Sequence[str]) -> None:
+        Path("/nonexistent/typo.json").read_text()
+
+    monkeypatch.setitem(COMMANDS, "train", fails)
+    with pytest.raises(FileNotFoundError):
+        command("train", [])
