@@ -352,19 +352,19 @@ def _weighted_rows(table_MD: Tensor, *terms: tuple[Tensor, Tensor, float]) -> Te
             dense_nM.scatter_(1, row_nJ, dense_nM.gather(1, row_nJ) + scale * weight_nJ)
         return dense_nM @ table_MD
     # Blocks of columns, so that the part of the table that belongs to their classes stays in the cache for
-    # all pixels.
-    blocks = -(-table_MD.numel() * table_MD.itemsize // GATHERED_BYTES)
-    counts = [row_nJ.shape[1] for row_nJ, _, _ in terms]
-    row_nX = torch.empty(size, sum(counts), dtype=torch.int32, device=table_MD.device)
-    weight_nX = table_MD.new_empty(row_nX.shape)
-    for row_nj, weight_nj, term in zip(row_nX.split(counts, 1), weight_nX.split(counts, 1), terms):
-        row_nJ, weight_nJ, scale = term
-        row_nj.copy_(row_nJ)
-        weight_nj.copy_(weight_nJ).mul_(scale)
-    parts = (
-        F.embedding_bag(row_nx.contiguous(), table_MD, per_sample_weights=weight_nx.contiguous(), mode="sum")
-        for row_nx, weight_nx in zip(row_nX.chunk(blocks, 1), weight_nX.chunk(blocks, 1))
-    )
+    # all pixels, and what is transposed as well.
+    blocks = min(-(-table_MD.numel() * table_MD.itemsize // GATHERED_BYTES), terms[0][0].shape[1])
+    rows = [row_nJ.tensor_split(blocks, 1) for row_nJ, _, _ in terms]
+    weights = [weight_nJ.tensor_split(blocks, 1) for _, weight_nJ, _ in terms]
+    parts = []
+    for block in range(blocks):
+        counts = [row[block].shape[1] for row in rows]
+        row_nj = torch.empty(size, sum(counts), dtype=torch.int32, device=table_MD.device)
+        weight_nj = table_MD.new_empty(row_nj.shape)
+        for i, (row_nx, weight_nx) in enumerate(zip(row_nj.split(counts, 1), weight_nj.split(counts, 1))):
+            row_nx.copy_(rows[i][block])
+            weight_nx.copy_(weights[i][block]).mul_(terms[i][2])
+        parts.append(F.embedding_bag(row_nj, table_MD, per_sample_weights=weight_nj, mode="sum"))
     return functools.reduce(Tensor.add_, parts)
 
 
