@@ -135,7 +135,7 @@ def run(verb: str, arguments: Sequence[str] | None = None) -> int:
         if error.errno not in OF_THE_DISK:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror}; the last checkpoint is whole", file=sys.stderr)
+        print(f"error: {where}{error.strerror}; make room or choose another place", file=sys.stderr)
         return 2
     except Interrupted as stopped:
         print(stopped)

@@ -394,7 +394,7 @@ def test_errors_of_the_disk_are_one_line(
 
     monkeypatch.setitem(COMMANDS, "train", fails)
     assert command("train", []) == 2
-    said = "error: runs/x/metrics.jsonl: No space left on device; the last checkpoint is whole\n"
+    said = "error: runs/x/metrics.jsonl: No space left on device; make room or choose another place\n"
     assert capsys.readouterr().err == said
 
 
