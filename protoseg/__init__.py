@@ -5,18 +5,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from protoseg.config import Config, load_config
-    from protoseg.model import Segmenter, build_model
-    from protoseg.prototypes import PrototypeHead
-
-__all__ = ["Config", "PrototypeHead", "Segmenter", "build_model", "load_config"]
+    from protoseg.core.losses import downsample_labels
+    from protoseg.core.prototypes import PrototypeHead
+    from protoseg.data.datasets import build_dataset
+    from protoseg.data.reading.decode import read_image
+    from protoseg.models.build import build_model
+    from protoseg.models.checkpoint import load_segmenter
+    from protoseg.models.segmenter import Segmenter
 
 _HOMES = {
     "Config": "config",
+    "PrototypeHead": "core.prototypes",
+    "Segmenter": "models.segmenter",
+    "build_dataset": "data.datasets",
+    "build_model": "models.build",
+    "downsample_labels": "core.losses",
     "load_config": "config",
-    "Segmenter": "model",
-    "build_model": "model",
-    "PrototypeHead": "prototypes",
+    "load_segmenter": "models.checkpoint",
+    "read_image": "data.reading.decode",
 }
+
+__all__ = [
+    "Config",
+    "PrototypeHead",
+    "Segmenter",
+    "build_dataset",
+    "build_model",
+    "downsample_labels",
+    "load_config",
+    "load_segmenter",
+    "read_image",
+]
 
 
 def __getattr__(name: str) -> Any:

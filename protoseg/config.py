@@ -12,13 +12,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from protoseg.runtime.errors import UserError
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class UserError(ValueError):
-    """Something the user can mend: one line that says what is wrong, where, and what to do."""
 
 
 class Section(BaseModel):

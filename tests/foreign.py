@@ -6,8 +6,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from protoseg.backbones import Backbone
-from protoseg.mit import MixTransformer
+from protoseg.models.backbones import Backbone
+from protoseg.models.mit import MixTransformer
 
 DIMS = (8, 16, 40, 64)
 

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.losses import downsample_labels
-from protoseg.model import Segmenter
-from protoseg.prototypes import PrototypeHead
+from protoseg.core.losses import downsample_labels
+from protoseg.core.prototypes import PrototypeHead
+from protoseg.models.segmenter import Segmenter
 
 LOOKS = torch.tensor([[225, 35, 35], [35, 225, 35], [35, 35, 225]], dtype=torch.uint8)  # of class 1
 SIZE, SQUARE = 48, 16
@@ -75,7 +75,7 @@ def planted_model(num_prototypes: int = 3) -> Segmenter:
         samples = [data.read((step * 6 + i) % len(data)) for i in range(6)]
         images, labels = torch.stack([s[0] for s in samples]), torch.stack([s[1] for s in samples]).long()
         with torch.no_grad():
-            embedding, _ = model.embed(images)
+            embedding = model.embed(images)
             small = downsample_labels(labels, embedding.shape[-2:])
             if step == 0:
                 head.prepare_(embedding, small)

@@ -8,48 +8,61 @@ from pathlib import Path
 
 import pytest
 
-# A file imports only from its left; files in one group do not import each other.
-ORDER = [
-    ["config"],
-    ["distributed"],
-    ["data"],
-    ["maps"],
-    ["mit", "hrnet", "swin", "timm_features"],
-    ["backbones"],
-    ["heads"],
-    ["losses", "scores"],
-    ["clustering"],
-    ["editing"],
-    ["memory"],
-    ["sampling"],
-    ["prototypes", "contrast"],
-    ["official"],
-    ["model"],
-    ["weight_names"],
-    ["weight_names_heads", "weight_files"],
-    ["weights"],
-    ["segmenter_weights"],
-    ["optim", "checkpoint"],
-    ["inference", "evaluate"],
-    ["metrics"],
-    ["atlas"],
-    ["visualize"],
-    ["score_figures", "video"],
-    ["predict"],
-    ["figures"],
-    ["report"],
-    ["step"],
-    ["trainer"],
-    ["scoring"],
-    ["commands"],
-    ["explorer"],
-    ["gallery"],
-    ["sweep_tables"],
-    ["sweep"],
-    ["cli"],
-]
-TORCH_ONLY = ["losses", "scores", "clustering", "editing", "prototypes", "memory", "sampling", "contrast"]
-POSITION = {name: i for i, group in enumerate(ORDER) for name in group}
+# A room imports only from rooms above it. Inside a room a file imports only from lines above its own; files
+# of one line do not import each other.
+HOUSE = {
+    "core": [
+        "similarity losses draws",
+        "clustering contrast_memory",
+        "health editing contrast_sampling",
+        "prototypes contrast",
+    ],
+    "runtime": ["errors signals", "distributed files console"],
+    "config": [],
+    "data": [
+        "reading.label_ids reading.decode classes.published classes.ade20k_full classes.palette",
+        "reading.pairing file_dataset digits transforms",
+        "order datasets",
+        "loader doctor.diagnosis doctor.prepare",
+        "doctor.check",
+    ],
+    "models": [
+        "maps",
+        "mit hrnet swin timm_features decode_heads official",
+        "backbones",
+        "segmenter",
+        "build",
+        "checkpoint",
+    ],
+    "weights": ["names foreign_files", "head_names", "foreign_backbone", "foreign_segmenter"],
+    "evaluation": ["inference", "scores", "tables"],
+    "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
+    "training": ["optimizer", "log step", "resume", "loop"],
+    "commands": [
+        "arguments video sweep_tables",
+        "prediction_files",
+        "train evaluate predict vis_prototypes sweep check_data import_weights",
+        "cli",
+    ],
+}
+ROOMS = list(HOUSE)
+PLACE = {
+    f"{room}.{name}": i
+    for room, lines in HOUSE.items()
+    for i, line in enumerate(lines)
+    for name in line.split()
+}
+STANDARD = set(sys.stdlib_module_names)
+
+
+def name_of(path: Path) -> str:
+    """protoseg/core/losses.py → core.losses; a package is called like its folder."""
+    name = ".".join(path.relative_to("protoseg").with_suffix("").parts)
+    return name.removesuffix("__init__").removesuffix(".")
+
+
+FILES = {name_of(path): path for path in sorted(Path("protoseg").rglob("*.py"))}
+MODULES = {name: path for name, path in FILES.items() if path.parent != Path("protoseg") or name == "config"}
 
 
 def imports(path: Path) -> set[str]:
@@ -63,61 +76,60 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def modules() -> dict[str, list[Path]]:
-    """Name in ORDER → its files."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(Path("protoseg").rglob("*.py")):
-        name = path.relative_to("protoseg").with_suffix("").parts[0]
-        if name != "__init__":
-            found.setdefault(name, []).append(path)
-    return found
+def inside(path: Path) -> list[str]:
+    """The modules of this package that a file imports, by their names here."""
+    names = {name.removeprefix("protoseg.") for name in imports(path) if name.startswith("protoseg.")}
+    return sorted(name for name in names if name in MODULES and MODULES[name].name != "__init__.py")
+
+
+def test_ten_rooms() -> None:
+    allowed = {"__init__.py", "__main__.py", "py.typed", "__pycache__"}
+    names = {path.stem for path in Path("protoseg").iterdir() if path.name not in allowed}
+    assert names == set(ROOMS), "a new name beside the rooms: find the room that it belongs to"
 
 
 def test_every_module_has_its_place() -> None:
-    missing = sorted(set(modules()) - set(POSITION))
-    assert not missing, f"{missing}: add it to ORDER here and to the README's architecture section"
+    real = {name for name, path in MODULES.items() if path.name != "__init__.py" and name != "config"}
+    assert not real - set(PLACE), "add it to HOUSE here and to the README's architecture section"
+    assert not set(PLACE) - real, "in HOUSE, but not there"
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_point_left(name: str) -> None:
-    for path in modules()[name]:
-        for imported in sorted(imports(path)):
-            parts = imported.split(".")
-            if parts[0] != "protoseg" or len(parts) < 2 or parts[1] not in POSITION or parts[1] == name:
-                continue
-            allowed = POSITION[parts[1]] < POSITION[name]
-            assert allowed, (
-                f"{path} imports {imported}, which stands to its right: move the shared piece left"
-            )
+def test_no_two_modules_share_a_name() -> None:
+    stems = [path.stem for path in MODULES.values() if path.name != "__init__.py"]
+    assert sorted(stems) == sorted(set(stems)), "say in its name what sets the second one apart"
 
 
-@pytest.mark.parametrize("name", TORCH_ONLY)
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_up(name: str) -> None:
+    room = name.split(".")[0]
+    for imported in inside(MODULES[name]):
+        other = imported.split(".")[0]
+        same = other == room
+        right = PLACE[imported] < PLACE[name] if same else ROOMS.index(other) < ROOMS.index(room)
+        assert right, (
+            f"{MODULES[name]} imports {imported}, which stands below or beside it: move the shared piece up"
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("core")])
 def test_core_needs_torch_only(name: str) -> None:
-    for path in modules()[name]:
-        foreign = {i for i in imports(path) if i.split(".")[0] not in {"torch", "protoseg", *STANDARD}}
-        assert not foreign, f"{path} imports {sorted(foreign)}: the core is for anybody's model, torch only"
+    known = {"torch", "protoseg", *STANDARD}
+    foreign = {i for i in imports(MODULES[name]) if i.split(".")[0] not in known}
+    assert not foreign, (
+        f"{MODULES[name]} imports {sorted(foreign)}: the core is for anybody's model, torch only"
+    )
 
 
-STANDARD = {
-    "__future__",
-    "collections",
-    "contextlib",
-    "dataclasses",
-    "functools",
-    "math",
-    "typing",
-    "warnings",
-}
-
-
-def test_no_grab_bag() -> None:
-    bad = [p for p in Path("protoseg").rglob("*.py") if p.stem in {"utils", "helpers", "misc", "common"}]
+def test_no_grab_bag_and_no_crowd() -> None:
+    bad = [p for p in MODULES.values() if p.stem in {"utils", "helpers", "misc", "common"}]
     assert not bad, f"{bad}: a helper lives with its user"
+    long = [str(p) for p in MODULES.values() if len(p.read_text().splitlines()) > 350]
+    assert not long, f"{long}: more than 350 lines are two things; part them"
 
 
 def test_the_head_and_the_contrast_need_torch_alone() -> None:
     program = (
-        "import sys; from protoseg import PrototypeHead; import protoseg.contrast, protoseg.losses;"
+        "import sys; from protoseg import PrototypeHead; import protoseg.core.contrast, protoseg.core.losses;"
         "print([m for m in ('timm', 'torchvision', 'yaml', 'pydantic', 'PIL', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -133,7 +145,7 @@ class Finder:
             print(os.environ.get("GOMP_SPINCOUNT"))
             sys.exit()
 sys.meta_path.insert(0, Finder())
-import protoseg.cli
+import protoseg.commands.cli, protoseg.commands.train
 """
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     rest = {name: value for name, value in os.environ.items() if name not in names}

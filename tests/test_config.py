@@ -4,15 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from protoseg.config import (
-    UserError,
-    config_from,
-    differing_keys,
-    load_config,
-    merge,
-    merge_into_trained,
-    to_plain,
-)
+from protoseg.config import config_from, differing_keys, load_config, merge, merge_into_trained, to_plain
+from protoseg.runtime.errors import UserError
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -8,11 +8,12 @@ import pytest
 import torch
 import yaml
 
-from protoseg.config import UserError, config_from, load_config
+from protoseg.config import config_from, load_config
 from protoseg.data.datasets import dataset_spec
 from protoseg.data.loader import Batch
-from protoseg.model import build_model
-from protoseg.step import build_run, train_step
+from protoseg.models.build import build_model
+from protoseg.runtime.errors import UserError
+from protoseg.training.step import build_run, train_step
 
 RUNS = sorted(path for path in Path("configs").rglob("*.yaml") if "sweeps" not in path.parts)
 SMALL = [path for path in RUNS if path.stem.startswith(("digits", "camvid"))]
@@ -86,7 +87,7 @@ def test_small_config_takes_a_step(path: Path) -> None:
 
 
 def test_micro_batches_must_be_whole_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protoseg.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("protoseg.runtime.distributed.world_size", lambda: 2)
     config = config_from({"data": {"batch_size": 9}, "train": {"accumulation": 3}}, "test")
     message = (
         r"data\.batch_size: 9 does not divide by 2 processes × train\.accumulation 3; use a multiple of 6"

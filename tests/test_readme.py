@@ -8,7 +8,7 @@ import yaml
 
 from protoseg.config import config_from
 from protoseg.data.datasets import dataset_spec
-from protoseg.model import build_model
+from protoseg.models.build import build_model
 
 
 def test_drop_in_example_runs() -> None:

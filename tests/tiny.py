@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from protoseg.checkpoint import save_checkpoint
 from protoseg.config import config_from, to_plain
-from protoseg.model import Segmenter, build_model
+from protoseg.models.build import build_model
+from protoseg.models.checkpoint import save_checkpoint
+from protoseg.models.segmenter import Segmenter
 
 CLASSES = ["road", "car", "tree"]
 PALETTE = [(128, 64, 128), (0, 0, 142), (107, 142, 35)]

@@ -2,7 +2,7 @@
 
 import sys
 
-from protoseg.cli import run
+from protoseg.commands.cli import execute
 
 if __name__ == "__main__":
-    sys.exit(run("vis_prototypes"))
+    sys.exit(execute("vis_prototypes"))

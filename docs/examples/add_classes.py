@@ -19,17 +19,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from protoseg.checkpoint import load_segmenter, save_segmenter
 from protoseg.config import load_config
-from protoseg.data import Dataset, build_dataset
+from protoseg.core.losses import downsample_labels
+from protoseg.core.similarity import unit
+from protoseg.data.datasets import build_dataset
 from protoseg.data.digits import CLASSES, colours
-from protoseg.data.files import with_classes
-from protoseg.evaluate import evaluate
-from protoseg.inference import predict
-from protoseg.losses import downsample_labels
-from protoseg.model import Segmenter
-from protoseg.scores import unit
-from protoseg.trainer import train
+from protoseg.data.file_dataset import Dataset, with_classes
+from protoseg.evaluation.inference import predict
+from protoseg.evaluation.scores import evaluate
+from protoseg.models.checkpoint import load_segmenter, save_segmenter
+from protoseg.models.segmenter import Segmenter
+from protoseg.training.loop import train
 
 NEW = ("8", "9")
 OLD = tuple(name for name in CLASSES if name not in NEW)
@@ -50,7 +50,7 @@ def embedded(model: Segmenter, data: Dataset, indices: Iterable[int]) -> tuple[T
     for index in indices:
         image, label = data.read(index)
         with torch.no_grad():
-            features.append(model.embed(image[None])[0])
+            features.append(model.embed(image[None]))
         labels.append(downsample_labels(label[None], features[-1].shape[-2:]))
     return torch.cat(features), torch.cat(labels)
 

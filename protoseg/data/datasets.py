@@ -4,14 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from protoseg.config import UserError
-from protoseg.data import ade20k_full, digits
-from protoseg.data import classes as lists
-from protoseg.data.decode import read_ade20k_ids, read_label_ids, read_mat_ids
-from protoseg.data.files import Dataset, FileDataset, Palette, ReadIds
-from protoseg.data.label_ids import IGNORE, LabelIds, LabelMap
-from protoseg.data.pairing import Split, check_pairing, pair_files, read_excluded
-from protoseg.data.palette import default_palette
+from protoseg.config import Config
+from protoseg.data import digits
+from protoseg.data.classes import ade20k_full
+from protoseg.data.classes import published as lists
+from protoseg.data.classes.palette import default_palette
+from protoseg.data.file_dataset import Dataset, FileDataset, Palette, ReadIds
+from protoseg.data.reading.decode import read_ade20k_ids, read_label_ids, read_mat_ids
+from protoseg.data.reading.label_ids import IGNORE, LabelIds, LabelMap
+from protoseg.data.reading.pairing import Split, check_pairing, pair_files, read_excluded
+from protoseg.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,6 @@ _COCOSTUFF_HOME = "https://github.com/nightrome/cocostuff"
 _COCOSTUFF10K_HOME = "https://github.com/nightrome/cocostuff10k (cocostuff-10k-v1.1.zip)"
 _PCONTEXT_HOME = "https://cs.stanford.edu/~roozbeh/pascal-context and PASCAL VOC 2010"
 _ADE20K_FULL_HOME = "https://groups.csail.mit.edu/vision/datasets/ADE20K (full dataset, ADE20K_2021_17_01)"
-
 # The source of each class list stands beside it in classes.py; here: the file tree, and what 0 and void mean.
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(digits.CLASSES, digits.PALETTE, {}, "nothing to get: it is composed on the fly"),
@@ -162,6 +163,8 @@ DATASETS: dict[str, DatasetSpec] = {
         label_map=_map(range(21), []),
     ),
 }
+
+
 for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th class, which comes first
     _spec = DATASETS[_name]
     DATASETS[_name.replace("pcontext", "pcontext60")] = replace(
@@ -171,6 +174,8 @@ for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th cla
             raw: 0 if target == IGNORE else int(target) + 1 for raw, target in (_spec.label_map or {}).items()
         },
     )
+
+
 for _count in (150, 300, 500, 700, 847):  # the most frequent classes; the others are ignored
     # The release: red and green of *_seg.png beside each image are the object id. Root: ADE20K_2021_17_01.
     DATASETS[f"ade20k_full_{_count}"] = DatasetSpec(
@@ -346,4 +351,19 @@ def _target(raw: int, target: int | str, names: tuple[str, ...]) -> int | str:
     raise UserError(
         f"data.label_map: raw id {raw} goes to {target!r}, which is no class id 0-{len(names) - 1}, "
         f"no class name and not '{IGNORE}'"
+    )
+
+
+def open_dataset(config: Config, split: str) -> Dataset:
+    """One split of the configured dataset, the root defaulting to data/<name>."""
+    d = config.data
+    return build_dataset(
+        d.name,
+        root=d.root or Path("data") / d.name,
+        split=split,
+        classes=d.classes,
+        palette=d.palette,
+        ignore_index=d.ignore_index,
+        label_map=d.label_map,
+        exclude=d.exclude,
     )

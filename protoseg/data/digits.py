@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from protoseg.config import UserError
+from protoseg.runtime.errors import UserError
 
 CLASSES = (*(str(digit) for digit in range(10)), "background")  # class id = the digit; background = 10
 BACKGROUND = 10

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from protoseg.config import UserError
-from protoseg.data.files import Dataset
-from protoseg.data.sampling import EpochOrder, count_classes, rare_class_order, uniform_order
+from protoseg.data.file_dataset import Dataset
+from protoseg.data.order import EpochOrder, count_classes, rare_class_order, uniform_order
+from protoseg.runtime.errors import UserError
 
 Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Key = tuple[int, int, int]  # epoch, dataset index, how often the epoch has had it before

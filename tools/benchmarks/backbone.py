@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from protoseg.backbones import build_backbone
-from protoseg.mit import HEADS, MIT
-from protoseg.weights import load_backbone_weights
+from protoseg.models.backbones import build_backbone
+from protoseg.models.mit import HEADS, MIT
+from protoseg.weights.foreign_backbone import load_backbone_weights
 
 Forward = Callable[[Tensor], list[Tensor]]
 

@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from protoseg.backbones import build_backbone
-from protoseg.contrast import PixelContrast, ProjectionHead
-from protoseg.heads import build_decode_head
-from protoseg.memory import Groups, PixelMemory, class_map, pixel_keys, sort_groups
-from protoseg.sampling import balanced_pool, select_anchors
+from protoseg.core.contrast import PixelContrast, ProjectionHead
+from protoseg.core.contrast_memory import PixelMemory
+from protoseg.core.contrast_sampling import balanced_pool, select_anchors
+from protoseg.core.draws import Groups, class_map, pixel_keys, sort_groups
+from protoseg.models.backbones import build_backbone
+from protoseg.models.decode_heads import build_decode_head
 
 MODELS = {"mit_b0": ("mlp", 256), "hrnet_w18": ("hrnet", None), "hrnet_w48": ("hrnet", None)}
 

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from protoseg.data import Dataset, TrainTransform, build_dataset, train_loader
-from protoseg.data.decode import read_image, read_label_ids
-from protoseg.data.files import FileDataset
+from protoseg.data.datasets import build_dataset
+from protoseg.data.file_dataset import Dataset, FileDataset
+from protoseg.data.loader import train_loader
+from protoseg.data.reading.decode import read_image, read_label_ids
+from protoseg.data.transforms import TrainTransform
 
 COUNT = 8  # different files of 2048 x 1024
 

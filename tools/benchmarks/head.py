@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.prototypes import PrototypeHead
+from protoseg.core.prototypes import PrototypeHead
 
 CASES = ((32768, 256, 150, 10), (32768, 256, 19, 10), (8192, 256, 847, 10))
 IGNORE = 255 * 255

@@ -8,11 +8,11 @@ import time
 
 import torch
 
+from protoseg.commands.predict import protocol_for
 from protoseg.config import config_from
-from protoseg.inference import Protocol, segment
-from protoseg.model import build_model
-from protoseg.predict import protocol_for
-from protoseg.report import peak_memory_gb
+from protoseg.evaluation.inference import InferenceSettings, segment
+from protoseg.models.build import build_model
+from protoseg.training.log import peak_memory_gb
 
 
 def main(argv: list[str]) -> None:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     model = model.eval().to(device)
     before = peak_memory_gb(device)
     image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8, device=device)
-    protocol = Protocol(scales=tuple(args.scales), flip=args.flip)
+    protocol = InferenceSettings(scales=tuple(args.scales), flip=args.flip)
     protocol = protocol if args.whole else protocol_for(image, protocol)
     start = time.perf_counter()
     found = segment(model, image, protocol=protocol, confidence=args.confidence)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg.prototypes import PrototypeHead
+from protoseg.core.prototypes import PrototypeHead
 
 MODES, PIXELS, DIM, NOISE = 10, 600, 64, 0.3
 

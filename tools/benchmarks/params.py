@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from protoseg.backbones import build_backbone
-from protoseg.heads import build_decode_head
+from protoseg.models.backbones import build_backbone
+from protoseg.models.decode_heads import build_decode_head
 
 
 class Row(NamedTuple):

@@ -18,8 +18,8 @@ import torch
 from benchmarks.head import machine
 from torch import Tensor, nn
 
-from protoseg.losses import downsample_labels, upsampled_cross_entropy
-from protoseg.prototypes import PrototypeHead
+from protoseg.core.losses import downsample_labels, upsampled_cross_entropy
+from protoseg.core.prototypes import PrototypeHead
 
 STRIDE, CHANNELS = 4, 256
 

@@ -1,0 +1,58 @@
+"""`check_data`: find what is wrong with a dataset before training on it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from protoseg.config import load_config
+from protoseg.data.doctor.check import check_dataset, print_report, write_bad_files
+from protoseg.data.doctor.prepare import prepare_ade20k_full
+from protoseg.runtime.console import progress
+from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import write_json
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Find what is wrong with a dataset before training on it."""
+    parser = argparse.ArgumentParser(
+        prog="check_data", description="Check a config's dataset; exit code 1 if it has errors."
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
+    parser.add_argument("--bad-files", type=Path, metavar="FILE", help="write the list for data.exclude")
+    parser.add_argument("--prepare", action="store_true", help="first convert a download that needs it")
+    parser.add_argument("--threads", type=int, default=4, metavar="N")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as data.root=FOLDER")
+    args = parser.parse_intermixed_args(arguments)
+    if args.threads < 1:
+        raise UserError(f"--threads: expected 1 or more, got {args.threads}")
+    d = load_config(args.config, args.overrides).data
+    root = d.root or Path("data") / d.name
+    if args.prepare:
+        if not d.name.startswith("ade20k_full"):
+            raise UserError(f"--prepare: '{d.name}' is read as it was released, leave the option out")
+        with progress("convert") as on_progress:
+            written = prepare_ade20k_full(root, threads=args.threads, on_progress=on_progress)
+        print(f"{written} images converted")
+    with progress("check") as on_progress:
+        report = check_dataset(
+            d.name,
+            root=root,
+            splits=[d.train_split, d.val_split],
+            classes=d.classes,
+            palette=d.palette,
+            ignore_index=d.ignore_index,
+            label_map=d.label_map,
+            exclude=d.exclude,
+            threads=args.threads,
+            on_progress=on_progress,
+        )
+    print_report(report)
+    try:
+        if args.json:
+            write_json(args.json, report.to_plain())
+        if args.bad_files:
+            write_bad_files(report, args.bad_files)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot write ({error.strerror}); choose another place") from None
+    return 0 if report.ok else 1

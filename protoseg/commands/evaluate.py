@@ -1,0 +1,145 @@
+"""`evaluate`: score a trained model on a split, or compare two."""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import track
+
+from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_overrides
+from protoseg.config import merge_into_trained
+from protoseg.data.datasets import open_dataset
+from protoseg.data.file_dataset import in_short, with_classes
+from protoseg.data.loader import eval_loader
+from protoseg.evaluation.inference import InferenceSettings, segment
+from protoseg.evaluation.scores import BOUNDARY_RATIO, measure
+from protoseg.evaluation.tables import (
+    RunScores,
+    _console,
+    _writing,
+    print_comparison,
+    print_run,
+    write_class_csv,
+)
+from protoseg.figures.pictures import save_figure
+from protoseg.figures.score_figures import confusion_figure, reliability_figure
+from protoseg.models.checkpoint import load_segmenter
+from protoseg.models.segmenter import autocast
+from protoseg.runtime import distributed
+from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import write_json
+
+
+def score_run(
+    path: Path, overrides: list[str], split: str | None, protocol: InferenceSettings, boundary_ratio: float
+) -> RunScores:
+    """Measure a run or checkpoint on a split (default: its validation split), on all ranks.
+
+    Errors: UserError for whatever is wrong with the checkpoint, the data or the class list.
+    """
+    model, config, content = load_segmenter(path)
+    config = merge_into_trained(config, overrides)
+    device = distributed.setup()
+    split = split or config.data.val_split
+    given = open_dataset(config, split)
+    dataset = with_classes(given, content["classes"], content["palette"])
+    ignored = [name for name in given.classes if name not in dataset.classes]
+    if ignored and distributed.is_main():
+        print(f"note: {path} has no class {in_short(ignored)}: these labels are ignored", flush=True)
+    model = model.to(device)
+    console = _console()
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    with (
+        closing(eval_loader(dataset, workers=config.data.workers, **ranks)) as loader,
+        autocast(config, device),
+    ):
+        measures = measure(
+            lambda image, size: segment(model, image, size, protocol, confidence=True),
+            track(
+                loader,
+                str(path),
+                len(loader),
+                transient=True,
+                disable=not (distributed.is_main() and console.is_terminal),
+                console=console,
+            ),
+            dataset.classes,
+            dataset.ignore_index,
+            device,
+            boundary_ratio,
+        )
+    unlabelled = tuple(i for i, name in enumerate(dataset.classes) if name not in given.classes)
+    measures = replace(measures, scores=replace(measures.scores, unlabelled=unlabelled))
+    facts = {
+        "run": str(path),
+        "step": content["step"],
+        "split": split,
+        "images": len(dataset),
+        "ignored_classes": ignored,
+        "protocol": protocol.to_plain(),
+        "boundary_ratio": boundary_ratio,
+    }
+    title = f"{path} (step {content['step']}) on {split}, {len(dataset)} images"
+    return RunScores(title, measures, facts)
+
+
+def write_scores(path: Path, runs: list[RunScores]) -> None:
+    """JSON of one run, or of two under the keys A and B."""
+    plain = [run.to_plain() for run in runs]
+    content = plain[0] if len(plain) == 1 else dict(zip("AB", plain))
+    _writing(path, lambda: write_json(path, content))
+
+
+def write_figures(folder: Path, run: RunScores) -> None:
+    """confusion.png and reliability.png."""
+    measures = run.measures
+    figures = {
+        "confusion": confusion_figure(measures.scores.confusion, measures.scores.classes),
+        "reliability": reliability_figure(measures.bins, measures.calibration_error),
+    }
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        _writing(path, lambda figure=figure, path=path: save_figure(figure, path))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Score a trained model on a split, or compare two."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate",
+        description="Score a trained model on a labelled split; given two, compare them class by class.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="one or two")
+    parser.add_argument("--split", metavar="NAME", help="default: the run's validation split")
+    add_protocol(parser)
+    parser.add_argument(
+        "--boundary",
+        type=float,
+        default=BOUNDARY_RATIO,
+        metavar="RATIO",
+        help="width of boundary IoU's region as a share of the diagonal (default 0.02)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all scores to FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the scores per class to FILE")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write confusion.png and reliability.png")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as data.root=FOLDER")
+    args = parser.parse_intermixed_args(arguments)
+    runs, overrides = runs_and_overrides(args.runs + args.overrides)
+    if not 0 < args.boundary < 1:
+        raise UserError(f"--boundary: wants a share of the diagonal between 0 and 1, got {args.boundary}")
+    protocol = protocol_of(args)
+    scores = [score_run(run, overrides, args.split, protocol, args.boundary) for run in runs]
+    if not distributed.is_main():
+        return
+    if len(scores) == 2:
+        print_comparison(*scores)
+    else:
+        print_run(scores[0])
+    if args.json:
+        write_scores(args.json, scores)
+    if args.csv:
+        write_class_csv(args.csv, scores)
+    if args.out:
+        for letter, each in zip("AB", scores):
+            write_figures(args.out / letter if len(scores) == 2 else args.out, each)

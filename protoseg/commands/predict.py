@@ -1,0 +1,215 @@
+"""`predict`: label images, folders, patterns, videos, a webcam.
+
+Reading, the model and writing go on at the same time: images are decoded and results encoded in threads.
+"""
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from protoseg.commands.arguments import add_protocol, protocol_of
+from protoseg.commands.prediction_files import (
+    AHEAD,
+    READERS,
+    Outputs,
+    Source,
+    Writers,
+    ahead,
+    find_sources,
+    overlay,
+    write_maps,
+)
+from protoseg.commands.video import VideoWriter, pyav, read_frames
+from protoseg.data.datasets import dataset_spec
+from protoseg.data.reading.decode import read_image
+from protoseg.data.reading.label_ids import LabelMap, export_ids
+from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
+from protoseg.figures.pictures import Palette
+from protoseg.models.checkpoint import load_segmenter
+from protoseg.models.segmenter import Segmenter, autocast
+from protoseg.runtime import distributed
+from protoseg.runtime.console import progress
+from protoseg.runtime.errors import UserError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Label images, folders, videos or a webcam."""
+    parser = argparse.ArgumentParser(
+        prog="predict", description="Write labels and overlays of images, videos or a webcam."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="image, folder, pattern, video, webcam number"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add_protocol(parser)
+    parser.add_argument("--confidence", action="store_true", help="also the probability of the class, 0…255")
+    parser.add_argument("--prototypes", action="store_true", help="also the nearest prototype of the class")
+    parser.add_argument(
+        "--raw-ids", action="store_true", help="labels hold the dataset's own ids, as test servers want them"
+    )
+    args = parser.parse_intermixed_args(arguments)
+    sources = find_sources(args.inputs, args.out)
+    model, config, content = load_segmenter(args.run)
+    if args.prototypes and model.prototypes is None:
+        raise UserError(f"--prototypes: {args.run} has a linear classifier; leave the option out")
+    device = distributed.setup()
+    label_map: LabelMap | None = config.data.label_map
+    if args.raw_ids:
+        spec = dataset_spec(
+            config.data.name,
+            config.data.classes,
+            ignore_index=config.data.ignore_index,
+            label_map=label_map,
+        )
+        label_map = spec.label_map
+        if list(spec.classes) != content["classes"]:
+            raise UserError(f"--raw-ids: {args.run} has other classes than its dataset; leave the option out")
+    outputs = Outputs(
+        args.out,
+        [(r, g, b) for r, g, b in content["palette"]],
+        export_ids(content["classes"], label_map) if args.raw_ids else None,
+        args.confidence,
+        args.prototypes,
+    )
+    with (
+        progress("predict") as on_progress,
+        autocast(config, device),
+    ):
+        failures = predict_sources(model.to(device), sources, outputs, device, protocol_of(args), on_progress)
+    if failures and len(sources) == 1:
+        raise UserError(failures[0])
+    for failure in failures:
+        print(f"skipped: {failure}", file=sys.stderr)
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(sources)} inputs could not be read; the others are in {args.out}"
+        )
+    print(f"{len(sources)} done: results are in {args.out}")
+
+
+# Beyond this many pixels an image goes through in windows, unless the protocol names them.
+WHOLE_PIXELS = 2048 * 1024
+LARGE_IMAGE_WINDOW = (1024, 1024)
+
+
+def predict_sources(
+    model: Segmenter,
+    sources: Sequence[Source],
+    outputs: Outputs,
+    device: torch.device,
+    protocol: InferenceSettings,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> list[str]:
+    """Predicts every source and writes the results; returns one message for each that could not be read.
+
+    on_progress(images and frames done, how many there are, or None for videos) is called after each.
+    Raises UserError if a result cannot be written or a library for videos is missing.
+    """
+    failures: list[str] = []
+    images = [source for source in sources if not source.is_video]
+    videos = [source for source in sources if source.is_video]
+    for source in videos[:1]:
+        pyav(source.path)  # if it is missing, say so before any work is done
+    total = None if videos else len(images)
+    done = 0
+
+    def run(image: Tensor) -> Prediction:
+        return segment(
+            model,
+            image.to(device),
+            protocol=protocol_for(image, protocol),
+            confidence=outputs.confidence,
+            prototypes=outputs.prototypes,
+        )
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    with ThreadPoolExecutor(READERS) as readers, Writers() as writers:
+        for source, image in zip(images, ahead(readers, _read_or_message, images)):
+            if isinstance(image, str):
+                failures.append(image)
+            else:
+                writers.submit(write_maps, source.name, image, on_cpu(run(image)), outputs, True)
+            tick()
+    for source in videos:
+        failures += _predict_video(source, run, outputs, tick)
+    return failures
+
+
+def protocol_for(image: Tensor, protocol: InferenceSettings) -> InferenceSettings:
+    """The protocol, with windows if it names none and the image at its largest scale is too large for one."""
+    pixels = image.shape[-2] * image.shape[-1] * max(protocol.scales) ** 2
+    if protocol.window is None and pixels > WHOLE_PIXELS:
+        return replace(protocol, window=LARGE_IMAGE_WINDOW)
+    return protocol
+
+
+def on_cpu(prediction: Prediction) -> Prediction:
+    return Prediction(*(None if each is None else each.cpu() for each in prediction))  # type: ignore[arg-type]
+
+
+def _predict_video(
+    source: Source, run: Callable[[Tensor], Prediction], outputs: Outputs, tick: Callable[[], None]
+) -> list[str]:
+    """Labels of every frame as NAME/000000.png …, overlays as the video overlays/NAME.mp4."""
+    try:
+        rate, frames = read_frames(source.path)
+    except UserError as error:
+        return [str(error)]
+    target = outputs.folder / "overlays" / f"{source.name}.mp4"
+    # One thread each: frames come and go in order.
+    with (
+        ThreadPoolExecutor(1) as reader,
+        VideoWriter(target, rate) as video,
+        ThreadPoolExecutor(1) as encoder,
+        Writers() as writers,
+    ):
+        number = 0
+        encoded: deque[Future[None]] = deque()
+        coming = deque(reader.submit(next, frames, None) for _ in range(AHEAD))
+        try:
+            while (image := coming.popleft().result()) is not None:
+                coming.append(reader.submit(next, frames, None))
+                prediction = on_cpu(run(image))
+                writers.submit(write_maps, f"{source.name}/{number:06d}", image, prediction, outputs, False)
+                picture = image.permute(1, 2, 0).numpy()
+                encoded.append(
+                    encoder.submit(_encode, video, picture, prediction.classes.numpy(), outputs.palette)
+                )
+                if len(encoded) > AHEAD:
+                    encoded.popleft().result()
+                number += 1
+                tick()
+        except UserError as error:  # damaged in the middle: what came before is kept
+            return [str(error)]
+        except KeyboardInterrupt:  # the only end that a webcam has
+            if not source.path.isdecimal():
+                raise
+        for future in encoded:
+            future.result()
+    return []
+
+
+def _encode(video: VideoWriter, picture: NDArray[np.uint8], classes: NDArray, palette: Palette) -> None:
+    video.add(overlay(picture, classes, palette))
+
+
+def _read_or_message(source: Source) -> Tensor | str:
+    try:
+        return read_image(Path(source.path), upright=True)
+    except UserError as error:
+        return str(error)

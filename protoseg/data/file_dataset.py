@@ -1,0 +1,130 @@
+"""Samples read from image and label files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from protoseg.data.reading.decode import read_image
+from protoseg.data.reading.label_ids import LabelIds
+from protoseg.runtime.errors import UserError
+
+Palette = tuple[tuple[int, int, int], ...]
+ReadIds = Callable[[Path], NDArray[np.integer]]  # label file → (H, W) raw ids
+
+
+class Dataset(Protocol):
+    """What the loaders, the trainer and the figures ask of a dataset."""
+
+    classes: tuple[str, ...]
+    palette: Palette
+    ignore_index: int
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str:
+        """Unique stem, for messages and file names."""
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (3, H, W) uint8 RGB and label (H, W) of class ids and `ignore_index`, uint8 or int32."""
+
+    def label(self, index: int) -> torch.Tensor:
+        """The label alone, without decoding the image."""
+
+
+class FileDataset:
+    """Pairs of an image and a label file, read on demand. `files[i]` are the two paths of sample i."""
+
+    def __init__(
+        self,
+        files: dict[str, tuple[Path, Path]],  # by name
+        classes: tuple[str, ...],
+        palette: Palette,
+        ids: LabelIds,
+        read_ids: ReadIds,
+    ) -> None:
+        self.names = list(files)
+        self.files = list(files.values())
+        self.classes = classes
+        self.palette = palette
+        self.ignore_index = ids.ignore_index
+        self._ids = ids
+        self._read_ids = read_ids
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image_file, label_file = self.files[index]
+        image, label = read_image(image_file), self.label(index)
+        check_sizes(image.shape[1:], label.shape, image_file, label_file)
+        return image, label
+
+    def label(self, index: int) -> torch.Tensor:
+        label_file = self.files[index][1]
+        return torch.from_numpy(self._ids.to_classes(self._read_ids(label_file), label_file))
+
+
+class RenumberedDataset:
+    """A dataset in the class ids of another list, matched by name; classes that are not in it are ignored."""
+
+    def __init__(self, dataset: Dataset, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
+        self.dataset = dataset
+        self.classes = tuple(classes)
+        self.palette = tuple((r, g, b) for r, g, b in palette)
+        self.ignore_index = max(dataset.ignore_index, len(classes))
+        dtype = torch.uint8 if self.ignore_index < 256 else torch.int32
+        ids = [classes.index(name) if name in classes else self.ignore_index for name in dataset.classes]
+        self._ids = torch.tensor([*ids, self.ignore_index], dtype=dtype)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
+
+    def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, label = self.dataset.read(index)
+        return image, self._renumbered(label)
+
+    def label(self, index: int) -> torch.Tensor:
+        return self._renumbered(self.dataset.label(index))
+
+    def _renumbered(self, label: torch.Tensor) -> torch.Tensor:
+        ignored = label == self.dataset.ignore_index
+        return self._ids[label.long().masked_fill(ignored, len(self._ids) - 1)]
+
+
+def with_classes(dataset: Dataset, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> Dataset:
+    """The dataset in the class ids of a model that has these classes; itself if it has the same list.
+
+    Errors: UserError if no class has the same name in both.
+    """
+    if list(dataset.classes) == list(classes):
+        return dataset
+    if not set(dataset.classes) & set(classes):
+        raise UserError(
+            f"data: none of its classes ({in_short(dataset.classes)}) is one of the model's"
+            f" ({in_short(classes)}); classes are matched by name, use data with the model's names"
+        )
+    return RenumberedDataset(dataset, classes, palette)
+
+
+def in_short(names: Sequence[str], longest: int = 5) -> str:
+    """The first few names, and how many there are."""
+    return ", ".join(names[:longest]) + (f", … ({len(names)})" if len(names) > longest else "")
+
+
+def check_sizes(image: tuple[int, ...], label: tuple[int, ...], image_file: Path, label_file: Path) -> None:
+    """Raises UserError where (height, width) of an image and its label differ."""
+    if tuple(image) != tuple(label):
+        turned = " (is the photograph turned by its EXIF tag?)" if tuple(image) == tuple(label[::-1]) else ""
+        raise UserError(
+            f"{label_file}: label is {label[1]} x {label[0]} pixels, its image {image_file} is "
+            f"{image[1]} x {image[0]}{turned}; export both at the same size"
+        )

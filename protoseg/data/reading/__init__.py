@@ -1,0 +1,1 @@
+"""From files to arrays: which image goes with which label, decoding, ids."""

@@ -1,0 +1,277 @@
+"""Prediction for images of any size: whole or in windows, at several scales, mirrored.
+
+C classes, K prototypes per class; (H, W) image pixels; (h, w) cells, the pixels of the embedding map, each of
+them `model.stride` image pixels wide.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as image_functions
+
+from protoseg.core.prototypes import PrototypeHead
+from protoseg.models.segmenter import Segmenter
+from protoseg.runtime.errors import UserError
+
+# Class values of full-resolution pixels at a time, by device: bounds the memory of large vocabularies.
+BAND_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How an image goes through the model. The default: whole, once, as it is.
+
+    window: (height, width) in pixels of the scaled image, rounded up to whole cells; a window that covers the
+    image is the whole image. step: from one window to the next, by default two thirds of the window. scales:
+    the image is seen at each of them. flip: and mirrored. Class probabilities are averaged over these views.
+    batch: windows of one forward pass. Errors: UserError for values that make no sense.
+    """
+
+    window: tuple[int, int] | None = None
+    step: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < scale <= 10 for scale in self.scales):
+            raise UserError(f"scales: wants numbers above 0 and up to 10, got {list(self.scales)}")
+        for name, value in (("window", self.window), ("step", self.step), ("batch", (self.batch,))):
+            if value is not None and min(value) < 1:
+                raise UserError(f"{name}: wants whole numbers above 0, got {list(value)}")
+        if self.step is not None:
+            if self.window is None:
+                raise UserError("step: says how far windows are apart; give the window too")
+            if any(step > side for step, side in zip(self.step, self.window)):
+                raise UserError(
+                    f"step: {list(self.step)} would leave gaps between windows of {list(self.window)};"
+                    " choose a smaller step"
+                )
+
+    def to_plain(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return {
+            "window": self.window and list(self.window),
+            "step": self.step and list(self.step),
+            "scales": list(self.scales),
+            "flip": self.flip,
+        }
+
+
+WHOLE = InferenceSettings()
+
+
+class Prediction(NamedTuple):
+    """What `segment` returns, all (H, W)."""
+
+    classes: Tensor  # int64
+    confidence: Tensor | None  # float32, probability of the predicted class
+    prototypes: Tensor | None  # int64, the nearest prototype of the predicted class, 0 … K−1
+
+
+def predict(
+    model: Segmenter, image: Tensor, size: tuple[int, int] | None = None, protocol: InferenceSettings = WHOLE
+) -> Tensor:
+    """The class of every pixel: (3, H, W) image, 0…255 → int64 (H, W), or of `size` if that is given."""
+    return segment(model, image, size, protocol).classes
+
+
+def segment(
+    model: Segmenter,
+    image: Tensor,
+    size: tuple[int, int] | None = None,
+    protocol: InferenceSettings = WHOLE,
+    *,
+    confidence: bool = False,
+    prototypes: bool = False,
+) -> Prediction:
+    """Classes, and on demand their probability and nearest prototype: (3, H, W) image → maps of `size`.
+
+    Logits are upsampled bilinearly, then made probabilities and averaged. Memory: C·h·w logits per view, and
+    a fixed band of full-resolution rows. The nearest prototype is that of the cell, in the view whose scale
+    is nearest to 1. Errors: UserError if a model without prototypes is asked for them.
+    """
+    if prototypes and model.prototypes is None:
+        raise UserError("this model has a linear classifier and no prototypes; do not ask for their map")
+    size = size or (image.shape[-2], image.shape[-1])
+    nearest_Chw = None
+    closest = min(protocol.scales, key=lambda scale: abs(scale - 1))
+    views = []
+    with torch.inference_mode():
+        for scale in protocol.scales:
+            seen = rescale(image, scale)
+            wanted = prototypes and scale == closest
+            logits_Chw, found_Chw = windowed_logits(model, seen, protocol, nearest=wanted)
+            nearest_Chw = found_Chw if wanted else nearest_Chw
+            views.append(logits_Chw)
+            if protocol.flip:
+                views.append(windowed_logits(model, seen.flip(-1), protocol)[0].flip(-1))
+        classes, probability = most_likely(views, size, confidence)
+        index = None if nearest_Chw is None else at_pixels(nearest_Chw, classes)
+    return Prediction(classes, probability, index)
+
+
+def rescale(image: Tensor, scale: float) -> Tensor:
+    """The image (3, H, W) at another scale, resized as in training (bilinear, antialiased)."""
+    if scale == 1:
+        return image
+    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+    return image_functions.resize(image, size, antialias=True)
+
+
+def windowed_logits(
+    model: Segmenter, image: Tensor, protocol: InferenceSettings = WHOLE, *, nearest: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Logits (C, h, w) in float32; with `nearest` also the nearest prototype per class (C, h, w), int16.
+
+    Windows lie on the grid of cells, so their logits meet cell by cell: they are averaged there, weighted by
+    the distance to the window's rim, and no map of C·H·W numbers is made. Where windows overlap, the nearest
+    prototype is that of the window with the largest weight.
+    """
+    height, width = image.shape[-2:]
+    cell = model.stride
+    rows, columns = -(-height // cell), -(-width // cell)
+    window, step = _in_cells(protocol, rows, columns, cell)
+    places = [(y, x) for y in starts(rows, window[0], step[0]) for x in starts(columns, window[1], step[1])]
+    if len(places) == 1:
+        logits_BChw, nearest_BChw = _forward(model, image[None], nearest)
+        return logits_BChw[0], None if nearest_BChw is None else nearest_BChw[0]
+    weight_hw = blending_weights(window).to(image.device)
+    total_hw = image.new_zeros(rows, columns, dtype=torch.float32)
+    heaviest_hw = torch.zeros_like(total_hw)
+    sum_Chw: Tensor | None = None
+    best_Chw: Tensor | None = None
+    for batch in _same_size_batches(places, protocol.batch, window, cell, (height, width)):
+        crops = [
+            image[:, y * cell : (y + window[0]) * cell, x * cell : (x + window[1]) * cell] for y, x in batch
+        ]
+        logits_BChw, nearest_BChw = _forward(model, torch.stack(crops), nearest)
+        if sum_Chw is None:
+            sum_Chw = logits_BChw.new_zeros(logits_BChw.shape[1], rows, columns)
+        if best_Chw is None and nearest_BChw is not None:
+            best_Chw = torch.zeros_like(sum_Chw, dtype=nearest_BChw.dtype)
+        for i, (y, x) in enumerate(batch):
+            at = (slice(y, y + window[0]), slice(x, x + window[1]))
+            all_classes = (slice(None), *at)
+            sum_Chw[all_classes] += logits_BChw[i] * weight_hw
+            total_hw[at] += weight_hw
+            if best_Chw is not None and nearest_BChw is not None:
+                heavier_hw = weight_hw > heaviest_hw[at]
+                best_Chw[all_classes] = torch.where(heavier_hw, nearest_BChw[i], best_Chw[all_classes])
+                heaviest_hw[at] = torch.maximum(weight_hw, heaviest_hw[at])
+    assert sum_Chw is not None, "there is at least one window"
+    return sum_Chw.div_(total_hw), best_Chw
+
+
+def starts(length: int, window: int, step: int) -> list[int]:
+    """First cells of the windows along one axis; the last window ends where the image ends."""
+    return [*range(0, length - window, step), length - window]
+
+
+def blending_weights(window: tuple[int, int]) -> Tensor:
+    """Weights (h, w) of a window's cells: 1 in the middle, falling linearly towards the rim, never 0."""
+
+    def ramp(count: int) -> Tensor:
+        up = torch.arange(1, count + 1, dtype=torch.float32)
+        return torch.minimum(up, up.flip(0)) / ((count + 1) // 2)
+
+    return ramp(window[0])[:, None] * ramp(window[1])
+
+
+def most_likely(
+    views: list[Tensor], size: tuple[int, int], confidence: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """argmax over C (and its probability) of upsampled logits (C, h, w), a band of rows at a time.
+
+    Several views: of their mean softmax. Returns int64 and float32 maps of `size`.
+    """
+    device = views[0].device
+    classes = torch.empty(size, dtype=torch.long, device=device)
+    probability = torch.empty(size, device=device) if confidence else None
+    band = max(1, BAND_ELEMENTS.get(device.type, 2**24) // (len(views[0]) * size[1]))
+    for top in range(0, size[0], band):
+        at = slice(top, min(top + band, size[0]))
+        if len(views) == 1:
+            values = upsampled_rows(views[0], size, at)
+            best, classes[at] = values.max(0)
+            if probability is not None:
+                probability[at] = (best - values.logsumexp(0)).exp()
+        else:
+            mean = upsampled_rows(views[0], size, at).softmax(0)
+            for view in views[1:]:
+                mean += upsampled_rows(view, size, at).softmax(0)
+            best, classes[at] = mean.max(0)
+            if probability is not None:
+                probability[at] = best / len(views)
+    return classes, probability
+
+
+def upsampled_rows(map_Chw: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
+    """Some rows of F.interpolate(map, size, mode="bilinear", align_corners=False): (C, rows, W)."""
+    count = map_Chw.shape[1]
+    row = torch.arange(rows.start, rows.stop, device=map_Chw.device)
+    source = ((row + 0.5) * (count / size[0]) - 0.5).clamp(min=0)
+    low = source.long().clamp(max=count - 1)
+    high = (low + 1).clamp(max=count - 1)
+    blended = torch.lerp(map_Chw[:, low], map_Chw[:, high], (source - low)[None, :, None])
+    return F.interpolate(blended[None], (len(row), size[1]), mode="bilinear", align_corners=False)[0]
+
+
+def nearest_prototypes(head: PrototypeHead, embedding: Tensor) -> Tensor:
+    """Index of each class's prototype nearest to each cell: (B, D, h, w) → (B, C, h, w) int16."""
+    batch, _, height, width = embedding.shape
+    with torch.autocast(embedding.device.type, enabled=False):  # as in the head, which decided
+        emb_ND, protos_CKD = head.unit_rows(embedding), head.prototypes
+        rows_MD = protos_CKD.flatten(0, 1).to(emb_ND.dtype)
+        chunk = max(1, BAND_ELEMENTS.get(embedding.device.type, 2**24) // len(rows_MD))
+        parts = [
+            (rows_MD @ part_nD.t()).view(*protos_CKD.shape[:2], -1).argmax(1).to(torch.int16)
+            for part_nD in emb_ND.split(chunk)
+        ]
+    return torch.cat(parts, 1).view(-1, batch, height, width).transpose(0, 1)
+
+
+def at_pixels(map_Chw: Tensor, classes: Tensor) -> Tensor:
+    """For every pixel (H, W) the entry of its class in its cell."""
+    rows, columns = (
+        (2 * torch.arange(side, device=classes.device) + 1) * cells // (2 * side)
+        for side, cells in zip(classes.shape, map_Chw.shape[1:])
+    )
+    return map_Chw[classes, rows[:, None], columns].long()
+
+
+def _in_cells(
+    protocol: InferenceSettings, rows: int, columns: int, cell: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Window and step in cells."""
+    if protocol.window is None:
+        return (rows, columns), (rows, columns)
+    tall, wide = (-(-side // cell) for side in protocol.window)
+    down, along = (
+        (side // cell for side in protocol.step) if protocol.step else (tall * 2 // 3, wide * 2 // 3)
+    )
+    return (min(tall, rows), min(wide, columns)), (max(down, 1), max(along, 1))
+
+
+def _same_size_batches(
+    places: list[tuple[int, int]], count: int, window: tuple[int, int], cell: int, size: tuple[int, int]
+) -> Iterator[list[tuple[int, int]]]:
+    """Windows in batches; those at the far rims may end within a cell and have fewer pixels."""
+    groups: dict[tuple[bool, bool], list[tuple[int, int]]] = {}
+    for y, x in places:
+        cut = ((y + window[0]) * cell > size[0], (x + window[1]) * cell > size[1])
+        groups.setdefault(cut, []).append((y, x))
+    for group in groups.values():
+        yield from (group[i : i + count] for i in range(0, len(group), count))
+
+
+def _forward(model: Segmenter, images: Tensor, nearest: bool) -> tuple[Tensor, Tensor | None]:
+    if not nearest:
+        return model(images).float(), None
+    assert model.prototypes is not None
+    embedding = model.embed(images)
+    return model.classifier(embedding).float(), nearest_prototypes(model.prototypes, embedding)

@@ -1,0 +1,1 @@
+"""Backbones, decode heads, and the segmenter made of them."""

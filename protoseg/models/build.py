@@ -1,0 +1,85 @@
+"""The model that a configuration describes."""
+
+from collections.abc import Callable
+from typing import cast
+
+from torch import Tensor, nn
+
+from protoseg.config import Config
+from protoseg.core.prototypes import PrototypeHead
+from protoseg.data.datasets import DATASETS, dataset_spec
+from protoseg.models.backbones import Backbone, build_backbone
+from protoseg.models.decode_heads import build_decode_head
+from protoseg.models.official import OfficialPrototypeHead
+from protoseg.models.segmenter import LinearClassifier, Segmenter
+
+
+def build_model(
+    config: Config,
+    num_classes: int | None = None,
+    all_reduce: Callable[[Tensor, str], Tensor] | None = None,
+) -> Segmenter:
+    """The model that a configuration describes; `num_classes` defaults to the dataset's."""
+    spec = DATASETS.get(config.data.name) or dataset_spec(config.data.name)  # the latter says what is known
+    num_classes = num_classes or len(config.data.classes or spec.classes)
+    ignore_index = spec.ignore_index if config.data.ignore_index is None else config.data.ignore_index
+    backbone = build_backbone(
+        config.backbone.name,
+        drop_path=config.backbone.drop_path,
+        output_stride=config.backbone.output_stride,
+    )
+    backbone.set_grad_checkpointing(config.backbone.grad_checkpointing)
+    if config.decode_head.name == "official":
+        backbone.net.align_corners = True  # read by HRNet
+    head = build_decode_head(
+        config.decode_head.name,
+        backbone.channels,
+        backbone.strides,
+        num_classes,
+        dim=config.decode_head.dim,
+        dropout=config.decode_head.dropout,
+    )
+    dim = cast(int, head.dim)
+    classifier: nn.Module
+    if config.classifier == "linear":
+        classifier = LinearClassifier(dim, num_classes)
+    else:
+        p = config.prototypes
+        head_class = OfficialPrototypeHead if config.preset == "official" else PrototypeHead
+        classifier = head_class(
+            dim,
+            num_classes,
+            p.num_per_class,
+            ignore_index=ignore_index,
+            momentum=p.momentum,
+            kappa=p.kappa,
+            sinkhorn_iterations=p.sinkhorn_iterations,
+            temperature=p.temperature,
+            logit_scale=p.logit_scale,
+            start=p.start,
+            update_pixels=p.update_pixels,
+            score_norm=p.score_norm,
+            revive_after=p.revive_after,
+            all_reduce=all_reduce,
+        )
+    return Segmenter(
+        backbone,
+        head,
+        classifier,
+        ignore_index=ignore_index,
+        ppc_weight=config.loss.ppc,
+        ppd_weight=config.loss.ppd,
+        auxiliary_weight=config.loss.auxiliary,
+        class_weights=config.loss.class_weights,
+        projection_input=projection_input(config.backbone.name, backbone, head),
+    )
+
+
+def projection_input(name: str, backbone: Backbone, head: nn.Module) -> str:
+    """Where the projection stands: as in the paper on all of HRNet's maps, or a dilated ResNet's last stage.
+
+    On the embedding for the others, whose last map is too coarse.
+    """
+    if name.startswith("hrnet"):
+        return "maps"
+    return "last" if name.startswith("resnet") and backbone.strides[-1] == head.stride else "embedding"

@@ -1,0 +1,154 @@
+"""Checkpoints: tensors and plain data only, written whole or not at all, read without executing anything."""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from protoseg.config import Config, config_from, to_plain
+from protoseg.models.build import build_model
+from protoseg.models.segmenter import Segmenter
+from protoseg.runtime.errors import UserError
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write to a temporary name, then rename: a crash never leaves half a file under the real name.
+
+    Errors: UserError if it cannot be written; then the file of that name stays as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        # torch reports a failed write as a RuntimeError of its own, on top of the OSError.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({reason.strerror or reason});"
+            " a file of that name, if there was one, is still whole"
+        ) from None
+
+
+def segmenter_content(
+    model: Segmenter,
+    config: Config,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    step: int = 0,
+) -> dict[str, Any]:
+    """What prediction needs: the model, its configuration and its class list.
+
+    `config` is that of the training, also if the model has been edited since: its data section says for how
+    many classes the decode head was made. K is taken from the model. Errors: ValueError if names or colours
+    are not one per class, or two names are equal.
+    """
+    head = model.prototypes
+    if head is not None:
+        if not len(classes) == len(palette) == head.num_classes:
+            raise ValueError(
+                f"a model of {head.num_classes} classes needs as many names and colours,"
+                f" got {len(classes)} and {len(palette)}"
+            )
+        prototypes = config.prototypes.model_copy(update={"num_per_class": head.num_prototypes})
+        config = config.model_copy(update={"prototypes": prototypes})
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"class names must differ, got {', '.join(classes)}")
+    return {
+        "config": to_plain(config),
+        "classes": list(classes),
+        "palette": [list(colour) for colour in palette],
+        "step": step,
+        "model": model.state_dict(),
+    }
+
+
+def save_segmenter(
+    path: Path,
+    model: Segmenter,
+    config: Config,
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    step: int = 0,
+) -> None:
+    """Write a model, edited or not, as `load_segmenter` and the commands read it; see `segmenter_content`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, segmenter_content(model, config, classes, palette, step))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint written by the trainer.
+
+    Errors: UserError if the file is missing, truncated, unsafe, or not one of ours.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; check the path") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: not a safe checkpoint (it is damaged or holds more than tensors and plain data);"
+            " use one that protoseg wrote"
+        ) from None
+    except Exception:  # damaged bytes can end in any error of the unpickler
+        raise UserError(
+            f"{path}: the checkpoint is truncated or damaged; use another one, such as best.pt or last.pt"
+        ) from None
+    if not isinstance(content, dict) or not {"config", "model", "classes"} <= content.keys():
+        raise UserError(f"{path}: not a protoseg checkpoint (no config, model and classes in it)")
+    return content
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict that must fit exactly.
+
+    Errors: UserError naming the first tensor that is missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    problems = [
+        f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    problems += [f"{name} is missing in the file" for name in own if name not in state]
+    problems += [f"{name} is not part of the model" for name in state if name not in own]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(
+            f"{path}: checkpoint of another architecture: {problems[0]}{more};"
+            " use the config that the checkpoint was trained with"
+        )
+    model.load_state_dict(state)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run folder or a file name stands for; in a folder, last.pt."""
+    if path.is_dir():
+        if not (path / "last.pt").is_file():
+            raise UserError(f"{path}: no last.pt in this folder; give a run folder or a checkpoint file")
+        return path / "last.pt"
+    return path
+
+
+def load_segmenter(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:
+    """A trained model in eval mode, its configuration, and the checkpoint's content, from a run or a file."""
+    path = find_checkpoint(path)
+    content = load_checkpoint(path)
+    config = config_from(content["config"], f"{path} (its config)")
+    backbone = config.backbone.model_copy(update={"weights": "none"})  # they come from the checkpoint
+    model = build_model(config.model_copy(update={"backbone": backbone}))
+    if model.prototypes is not None and model.prototypes.num_classes != len(content["classes"]):
+        model.prototypes.resize_(len(content["classes"]))  # edited after training
+    load_weights(model, content["model"], path)
+    return model.eval(), config, content

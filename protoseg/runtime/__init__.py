@@ -1,0 +1,1 @@
+"""What every command stands on: ranks, errors, files, console, signals."""

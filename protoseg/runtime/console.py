@@ -1,0 +1,30 @@
+"""What commands show on a terminal."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar with rate and time left on a terminal: a function of (done, total or None)."""
+    columns = (*Progress.get_default_columns(), TextColumn("{task.completed} {task.fields[rate]}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None, rate="")
+        started = time.perf_counter()
+
+        def show(done: int, total: int | None) -> None:
+            rate = f"{done / max(time.perf_counter() - started, 1e-9):.1f}/s"
+            bar.update(task, completed=done, total=total, rate=rate)
+
+        yield show

@@ -1,0 +1,1 @@
+"""One optimiser step, the loop around it, and what a run writes."""

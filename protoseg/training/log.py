@@ -1,0 +1,212 @@
+"""What a run tells: console lines, metrics.jsonl, TensorBoard, tables, pictures, results.json."""
+
+import contextlib
+import io
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from protoseg.core.prototypes import PrototypeHead
+from protoseg.figures.pictures import save_figure
+from protoseg.figures.prototype_figures import assignment_figure, cosine_figure
+from protoseg.figures.training_figures import curves_figure, mean_of_known
+from protoseg.runtime.console import clock
+from protoseg.runtime.files import write_text
+
+
+class Meter:
+    """Wall-clock rates since the last report."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.steps, self.wait = 0, 0.0
+
+    def waited(self, batches: Any) -> Any:
+        """The next batch; the time it takes counts as waiting for data."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.wait += time.perf_counter() - begin
+        return batch
+
+    def step_done(self) -> float:
+        """Seconds since the last step ended."""
+        now = time.perf_counter()
+        taken, self.last = now - self.last, now
+        self.steps += 1
+        return taken
+
+    def rates(self, steps_left: int) -> dict[str, float]:
+        """Images/s, the share of time spent waiting for data, and the seconds left; starts a new interval."""
+        elapsed = max(self.last - self.started, 1e-9)
+        per_step = elapsed / max(self.steps, 1)
+        rates = {
+            "images_per_second": self.batch_size / per_step,
+            "data_wait": self.wait / elapsed,
+            "eta_seconds": per_step * steps_left,
+        }
+        self.restart()
+        return rates
+
+
+MOST_CLASSES = 30  # in TensorBoard's pictures of the prototypes
+
+
+class RunLog:
+    """Writes one run's folder; only the main rank has one."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.folder = folder
+        self.metrics = folder / "metrics.jsonl"
+        # A killed run may have logged steps that its checkpoint does not hold: they will be made again.
+        kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def line(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers to TensorBoard."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+            elif name == "prototype_health":
+                for key, per_class in value.items():
+                    self.board.add_scalar(f"prototypes/{key}", mean_of_known(per_class), step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        """A picture into the run folder and to TensorBoard (no pyplot: the backend stays the user's)."""
+        path = self.folder / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_figure(figure, path)
+        with Image.open(path) as picture:
+            self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def prototypes(
+        self, head: PrototypeHead, classes: Sequence[str], palette: Sequence[tuple[int, int, int]], step: int
+    ) -> None:
+        """TensorBoard: pictures of the prototypes of the most frequent classes, all in the projector."""
+        protos_CKD = head.prototypes.float().cpu().numpy()
+        usage_CK = head.nearest_usage.double().cpu().numpy()
+        share_CK = usage_CK / usage_CK.sum(1, keepdims=True).clip(1e-12)
+        often = np.argsort(-usage_CK.sum(1), kind="stable")
+        live = often[head.initialized.cpu().numpy()[often]].tolist()
+        if len(live) * head.num_prototypes < 2:
+            return
+        shown = sorted(live[:MOST_CLASSES])
+        names = [classes[c] for c in shown]
+        for name, figure in (
+            ("cosines", cosine_figure(protos_CKD[shown], names)),
+            ("shares", assignment_figure(share_CK[shown], names, [palette[c] for c in shown])),
+        ):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            picture = np.asarray(Image.open(buffer).convert("RGB"))
+            self.board.add_image(f"prototypes/{name}", picture, step, dataformats="HWC")
+        rows = [
+            (protos_CKD[c, k], classes[c], k + 1, f"{share_CK[c, k]:.3f}")
+            for c in sorted(live)
+            for k in range(head.num_prototypes)
+        ]
+        write_projector(self.folder / "tensorboard", rows)
+
+    def curves(self) -> None:
+        """curves.png from everything logged so far."""
+        save_figure(curves_figure(read_metrics(self.folder)), self.folder / "curves.png")
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+    path = folder / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_projector(folder: Path, rows: Sequence[tuple[NDArray, str, int, str]]) -> None:
+    """Prototypes (vector, class, number in the class, share of its pixels) for TensorBoard's projector.
+
+    SummaryWriter.add_embedding would keep those of every evaluation: gigabytes of text with many classes.
+    """
+    (folder / "prototypes").mkdir(parents=True, exist_ok=True)
+    vectors = ["\t".join(f"{x:.5g}" for x in vector) for vector, *_ in rows]
+    about = ["class\tprototype\tshare", *("\t".join(map(str, row[1:])) for row in rows)]
+    write_text(folder / "prototypes/tensors.tsv", "\n".join(vectors) + "\n")
+    write_text(folder / "prototypes/metadata.tsv", "\n".join(about) + "\n")
+    paths = 'tensor_path: "prototypes/tensors.tsv" metadata_path: "prototypes/metadata.tsv"'
+    write_text(folder / "projector_config.pbtxt", f'embeddings {{ tensor_name: "prototypes" {paths} }}\n')
+
+
+def progress_line(step: int, iterations: int, values: dict[str, Any]) -> str:
+    """One console line of a training step."""
+    names = ("loss", "ce", "ppc", "ppd", "auxiliary", "contrast")
+    terms = "  ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
+    return (
+        f"{step:>{len(str(iterations))}}/{iterations}  {terms}  lr {values['lr']:.2e}"
+        f"  {values['images_per_second']:.1f} img/s  data wait {values['data_wait']:.0%}"
+        f"  mem {values['memory_gb']:.1f} GB  left {clock(values['eta_seconds'])}"
+    )
+
+
+def health_line(health: dict[str, list[float | None]]) -> str:
+    """One console line on the state of the prototypes, means over classes."""
+    dead = sum(int(value or 0) for value in health["dead"])
+    return (
+        f"prototypes: effective K {mean_of_known(health['effective_k']):.1f}"
+        f"  in use {mean_of_known(health['in_use']):.1f}"
+        f"  intra-class cosine mean {mean_of_known(health['mean_intra_cosine']):.2f}"
+        f" max {max((v for v in health['max_intra_cosine'] if v is not None), default=float('nan')):.2f}"
+        f"  dead {dead}  churn {mean_of_known(health['churn']):.3f}"
+    )
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far: of the GPU, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a result was made: versions, device and, in a checkout with git at hand, the commit."""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+    names = ("protoseg", "torch", "torchvision", "timm")
+    return {
+        "git_commit": commit or None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {os.cpu_count()}",
+    }

@@ -1,0 +1,212 @@
+"""The loop around the step: resume, evaluate, save, report, and leave cleanly when told to."""
+
+import signal
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from protoseg.config import Config, to_plain
+from protoseg.data.datasets import open_dataset
+from protoseg.data.file_dataset import Dataset
+from protoseg.data.loader import EvalLoader, eval_loader, train_loader
+from protoseg.data.transforms import TrainTransform
+from protoseg.evaluation.inference import predict
+from protoseg.evaluation.scores import Scores, evaluate
+from protoseg.evaluation.tables import print_scores
+from protoseg.figures.sample_figures import sample_figure
+from protoseg.models.checkpoint import load_checkpoint, save_checkpoint
+from protoseg.models.segmenter import autocast
+from protoseg.runtime import distributed
+from protoseg.runtime.console import clock
+from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import make_folder, write_json, write_text
+from protoseg.runtime.signals import Interrupted, StopSignals
+from protoseg.training.log import Meter, RunLog, environment, health_line, peak_memory_gb, progress_line
+from protoseg.training.resume import checkpoint_to_resume, require_same_config, restore, save, weights
+from protoseg.training.step import Run, build_run, train_step
+from protoseg.weights.foreign_backbone import load_backbone_weights
+
+
+def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any]:
+    """Train as configured into the folder `out`; returns what results.json holds.
+
+    `resume`: None (the folder must not hold a run), "auto" (go on if there is a checkpoint), or a checkpoint.
+    Errors: UserError; NonFiniteLoss; Interrupted after Ctrl-C or SIGTERM.
+    """
+    device = distributed.setup()
+    checkpoint = checkpoint_to_resume(out, resume)
+    content = load_checkpoint(checkpoint) if checkpoint else None
+    if content is not None:
+        require_same_config(content["config"], config, checkpoint)
+    train_set, val_set = (
+        open_dataset(config, split) for split in (config.data.train_split, config.data.val_split)
+    )
+    require_class_weights(config, len(train_set.classes))
+    run = build_run(config, train_set.classes, train_set.palette, len(train_set), device)
+    if content is not None and checkpoint is not None:
+        restore(run, content, checkpoint)
+    else:
+        report = load_backbone_weights(run.model.backbone, config.backbone.name, config.backbone.weights)
+        if report and distributed.is_main():
+            print(report)
+    log = None
+    if distributed.is_main():
+        make_folder(out)
+        write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+        log = RunLog(out, run.step)
+        print(
+            f"{out}: {len(train_set)} training and {len(val_set)} validation images,"
+            f" {len(run.classes)} classes, {run.model.num_parameters:,} learnable parameters,"
+            f" {device.type} × {distributed.world_size()}"
+            + (f", going on at step {run.step}" if run.step else ""),
+            flush=True,
+        )
+        if run.contrast is not None and run.contrast.memory is not None and run.contrast.memory.message:
+            print(f"note: {run.contrast.memory.message}")
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    with closing(eval_loader(val_set, workers=config.data.workers, **ranks)) as val_loader:
+        loop(run, out, log, train_set, val_loader)
+        results = finish(run, out, log, val_loader)
+    distributed.barrier()
+    return results
+
+
+def require_class_weights(config: Config, classes: int) -> None:
+    """Errors: UserError if there are class weights, but not one per class."""
+    weights = config.loss.class_weights
+    if weights is not None and len(weights) != classes:
+        raise UserError(
+            f"loss.class_weights: {len(weights)} weights for {classes} classes; give one per class"
+        )
+
+
+def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader: EvalLoader) -> None:
+    """Steps until the last one, with evaluation, checkpoints and log lines on the way."""
+    config = run.config
+    d = config.data
+    loader = train_loader(
+        train_set,
+        TrainTransform(
+            crop=d.crop,
+            scale=d.scale,
+            cat_max_ratio=d.cat_max_ratio,
+            flip=d.flip,
+            photometric=d.photometric,
+            ignore_index=train_set.ignore_index,
+        ),
+        batch_size=d.batch_size,
+        iterations=config.train.iterations,
+        start=run.step,
+        seed=config.train.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=d.workers,
+        on_error=d.on_error,
+        rare_class_temperature=d.rare_class_temperature,
+    )
+    meter = Meter(d.batch_size)
+    with closing(loader) as batches, StopSignals() as signals:
+        while run.step < config.train.iterations:
+            batch = meter.waited(batches)
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            values = train_step(run, batch, stop=signals.number is not None)
+            run.seconds += meter.step_done()
+            last = run.step == config.train.iterations
+            if log and (run.step % config.train.log_interval == 0 or last or run.step == 1):
+                line = {name: value for name, value in values.items() if name != "stop"}
+                line |= {"lr": max(rates), **meter.rates(config.train.iterations - run.step)}
+                line["memory_gb"] = peak_memory_gb(run.device)
+                log.line("train", run.step, line)
+                print(progress_line(run.step, config.train.iterations, line), flush=True)
+            if run.step % config.eval.interval == 0 and not last:
+                score(run, out, log, val_loader)
+                meter.restart()
+            if values["stop"]:
+                save(run, out)
+                raise Interrupted(
+                    f"stopped at step {run.step}; {out / 'last.pt'} is written: the same command with"
+                    " --resume auto goes on",
+                    signals.number or signal.SIGTERM,
+                )
+            if run.step % config.checkpoint.interval == 0 or last:
+                save(run, out)
+
+
+def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> dict[str, Any]:
+    """Last evaluation, last checkpoint, results.json."""
+    scores = score(run, out, log, val_loader)
+    save(run, out)
+    results = {
+        **scores.to_plain(),
+        "step": run.step,
+        "best_mIoU": run.best,
+        "seconds": round(run.seconds, 1),
+        "images_per_second": round(run.step * run.config.data.batch_size / max(run.seconds, 1e-9), 2),
+        "peak_memory_gb": round(peak_memory_gb(run.device), 2),
+        "parameters": run.model.num_parameters,
+        "seed": run.config.train.seed,
+        "world_size": distributed.world_size(),
+        **environment(run.device),
+    }
+    if run.model.prototypes is not None:
+        results["prototype_health"] = run.model.prototypes.health().to_plain()
+    if run.contrast is not None:
+        results["contrast_empty_steps"] = run.empty_steps
+    if log:
+        write_json(out / "results.json", results)
+        log.close()
+        print_scores(scores, f"{run.config.data.val_split} after {run.step} steps")
+        print(
+            f"trained in {clock(run.seconds)}; scores in {out / 'results.json'}, curves and samples beside it"
+        )
+    return results
+
+
+def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Scores:
+    """Evaluate on the validation split, log it with pictures, keep the best weights."""
+    run.model.eval()
+    pictures = run.config.eval.samples if log else 0
+
+    def on_sample(index: int, name: str, *sample: torch.Tensor) -> None:
+        nonlocal pictures
+        if log and pictures:
+            pictures -= 1
+            image, label, prediction = (tensor.numpy() for tensor in sample)
+            figure = sample_figure(
+                image.transpose(1, 2, 0), label, prediction, run.classes, run.palette, run.model.ignore_index
+            )
+            log.figure(f"samples/{name.replace('/', '_')}_{run.step:06d}", figure, run.step)
+
+    with autocast(run.config, run.device):
+        scores = evaluate(
+            lambda image, size: predict(run.model, image, size),
+            val_loader,
+            run.classes,
+            run.model.ignore_index,
+            run.device,
+            on_sample,
+        )
+    run.model.train()
+    values = {name: value for name, value in scores.to_plain().items() if name != "Acc"}
+    if run.model.prototypes is not None:
+        values["prototype_health"] = run.model.prototypes.health().to_plain()
+    if run.contrast is not None:
+        values["contrast_empty_steps"] = run.empty_steps
+        if run.contrast.memory is not None:
+            values |= {name: share.tolist() for name, share in run.contrast.memory.fill().items()}
+    better = scores.miou > run.best
+    run.best = max(run.best, scores.miou)
+    if log:
+        log.line("eval", run.step, values)
+        log.curves()
+        best = ", the best so far" if better else f" (best {run.best:.4f})"
+        print(f"step {run.step}: {run.config.data.val_split} mIoU {scores.miou:.4f}{best}", flush=True)
+        if run.model.prototypes is not None:
+            log.prototypes(run.model.prototypes, run.classes, run.palette, run.step)
+            print(health_line(values["prototype_health"]), flush=True)
+        if better:
+            save_checkpoint(out / "best.pt", weights(run))
+    return scores

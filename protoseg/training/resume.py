@@ -1,0 +1,98 @@
+"""A run's checkpoint: what it holds, how training goes on from it, and when it may not."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protoseg.config import Config, differing_keys, to_plain
+from protoseg.models.checkpoint import load_weights, save_checkpoint, segmenter_content
+from protoseg.runtime import distributed
+from protoseg.runtime.errors import UserError
+from protoseg.training.step import Run, unseen_classes
+
+# Keys that may differ between a run and its continuation: they do not change what is learned.
+OPERATIONAL = ("data.root", "data.workers", "eval.", "checkpoint.", "train.log_interval")
+PROJECTION = "projection."  # names of the part of the model that only training has
+
+
+def weights(run: Run) -> dict[str, Any]:
+    """What prediction needs, without the part of the model that only training has."""
+    content = segmenter_content(run.model, run.config, run.classes, run.palette, run.step)
+    content["model"] = {name: t for name, t in content["model"].items() if not name.startswith(PROJECTION)}
+    return content
+
+
+def save(run: Run, out: Path) -> None:
+    """Write last.pt: everything a continuation needs. Every rank calls it, the main one writes."""
+    generators = {"cpu": torch.get_rng_state()}
+    if run.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(run.device)
+    states = distributed.gather_states(generators)
+    if distributed.is_main():
+        rest = {
+            "optimizer": run.optimizer.state_dict(),
+            "schedule": run.schedule.state_dict(),
+            "generators": states,
+            "best": run.best,
+            "seconds": run.seconds,
+            "empty_steps": run.empty_steps,
+        }
+        if run.contrast is not None:
+            state = run.model.state_dict()
+            rest["projection"] = {name: t for name, t in state.items() if name.startswith(PROJECTION)}
+            rest["contrast"] = run.contrast.state_dict()
+        save_checkpoint(out / "last.pt", weights(run) | rest)
+
+
+def restore(run: Run, content: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's state into a fresh run."""
+    if "optimizer" not in content:
+        raise UserError(f"{path}: holds weights only, training cannot go on from it; resume from a last.pt")
+    load_weights(run.model, content["model"] | content.get("projection", {}), path)
+    if run.contrast is not None:
+        load_weights(run.contrast, content["contrast"], path)
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.schedule.load_state_dict(content["schedule"])
+    run.step, run.best, run.seconds = content["step"], content["best"], content["seconds"]
+    run.empty_steps = content["empty_steps"]
+    run.unseen = unseen_classes(run.model)
+    if len(content["generators"]) == distributed.world_size():
+        generators = content["generators"][distributed.rank()]
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators and run.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"], run.device)
+    elif distributed.is_main():
+        print(
+            f"note: {path} was written by {len(content['generators'])} processes, there are"
+            f" {distributed.world_size()} now: dropout draws other numbers than an uninterrupted run would"
+        )
+
+
+def checkpoint_to_resume(out: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh run.
+
+    Errors: UserError if the folder already holds a run, and `resume` is not one of its checkpoints.
+    """
+    if resume == "auto":
+        return out / "last.pt" if (out / "last.pt").is_file() else None
+    path = None if resume is None else Path(resume)
+    if path is not None:
+        path = path / "last.pt" if path.is_dir() else path
+    occupied = (out / "config.yaml").exists() or (out / "last.pt").exists()
+    if occupied and (path is None or path.parent.resolve() != out.resolve()):
+        raise UserError(
+            f"{out}: this folder already holds a run; go on with it by --resume auto,"
+            " or choose another folder by --out"
+        )
+    return path
+
+
+def require_same_config(old: dict[str, Any], config: Config, path: Path | None) -> None:
+    """Errors: UserError naming the keys in which a checkpoint's configuration differs from this one."""
+    keys = [key for key in differing_keys(old, to_plain(config)) if not key.startswith(OPERATIONAL)]
+    if keys:
+        raise UserError(
+            f"{path}: was trained with another configuration ({', '.join(keys)} differ);"
+            " use the same config, or another --out"
+        )

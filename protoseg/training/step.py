@@ -1,0 +1,271 @@
+"""One optimiser step, which reads as the algorithm, and the state that it changes."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LambdaLR
+
+from protoseg.config import Config
+from protoseg.core.contrast import PixelContrast
+from protoseg.core.losses import downsample_labels
+from protoseg.data.loader import Batch
+from protoseg.models.build import build_model
+from protoseg.models.segmenter import Segmenter, StepOutput, autocast, frozen_running_stats
+from protoseg.runtime import distributed
+from protoseg.runtime.errors import UserError
+from protoseg.training.optimizer import build_optimizer, build_schedule
+
+
+@dataclass
+class Run:
+    """Everything that changes while training; `last.pt` holds all of it."""
+
+    config: Config
+    model: Segmenter
+    parallel: nn.Module  # the same model, wrapped for DDP and torch.compile
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    device: torch.device
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    step: int = 0  # optimiser steps done; also the position in the data
+    best: float = -1.0
+    seconds: float = 0.0  # spent training, without evaluation
+    unseen: set[int] = field(default_factory=set)  # classes whose prototypes do not hold data yet
+    contrast: PixelContrast | None = None  # pixel contrast's memories; outside the DDP module
+    empty_steps: int = 0  # steps in which contrast found no anchor with a positive and a negative
+
+
+class NonFiniteLoss(UserError):
+    """Training has diverged; the weights are those before the step."""
+
+
+def build_run(
+    config: Config,
+    classes: tuple[str, ...],
+    palette: tuple[tuple[int, int, int], ...],
+    num_images: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Run:
+    """A fresh run: seeded model, optimiser and schedule, wrapped for the process group if there is one.
+
+    num_images: of the training set; pixel contrast keeps a region for each.
+    """
+    ranks, parts = distributed.world_size(), config.train.accumulation
+    if config.data.batch_size % (ranks * parts):
+        raise UserError(
+            f"data.batch_size: {config.data.batch_size} does not divide by {ranks} processes ×"
+            f" train.accumulation {parts}; use a multiple of {ranks * parts}"
+        )
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, len(classes), all_reduce=distributed.all_reduce)
+    contrast = build_contrast(config, len(classes), num_images, model.ignore_index)
+    if contrast is not None:
+        model.add_projection_(config.contrast.dim)
+        contrast = contrast.to(device)
+    model = model.to(device, dtype)
+    if device.type == "cuda" and distributed.world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config.optim)
+    schedule = build_schedule(optimizer, config.optim, config.train.iterations)
+    parallel: nn.Module = model
+    if distributed.world_size() > 1:
+        parallel = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=not model.decode_head.every_map,
+        )
+    if config.train.compile:
+        parallel = torch.compile(parallel)  # type: ignore[assignment]
+    torch.manual_seed(config.train.seed + distributed.rank())  # dropout differs between ranks
+    run = Run(config, model, parallel, optimizer, schedule, device, classes, palette)
+    run.unseen = unseen_classes(model)
+    run.contrast = contrast
+    return run
+
+
+def build_contrast(
+    config: Config, num_classes: int, num_images: int, ignore_index: int
+) -> PixelContrast | None:
+    """Pixel contrast as configured, joined over ranks; None where it is switched off.
+
+    Errors: UserError where the settings do not go together with the number of classes.
+    """
+    c = config.contrast
+    if c.mode == "none":
+        return None
+    several = distributed.world_size() > 1
+    try:
+        return PixelContrast(
+            c.dim,
+            num_classes,
+            num_images,
+            mode=c.mode,
+            memory=c.memory,
+            anchors_per_class=c.anchors_per_class,
+            positives=c.positives,
+            negatives=c.negatives,
+            anchor_sampler=c.anchor_sampler,
+            pair_sampler=c.pair_sampler,
+            temperature=c.temperature,
+            pixels_per_image=c.pixels_per_image,
+            memory_size=c.memory_size,
+            cap_mb=c.cap_mb,
+            storage_dtype=getattr(torch, c.storage),
+            pool_size=None if c.pool_size == "full" else c.pool_size,
+            seed=config.train.seed,
+            all_gather=distributed.all_gather if several else None,
+            all_reduce=distributed.all_reduce if several else None,
+            rank=distributed.rank(),
+            ignore_index=ignore_index,
+        )
+    except ValueError as error:
+        raise UserError(f"contrast.{error}") from None
+
+
+def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
+    """One optimiser step, in micro-batches if configured; returns the global mean of every term.
+
+    Errors: NonFiniteLoss, before weights, optimiser or prototypes have changed.
+    """
+    run.parallel.train()
+    micro = [to_device(part, run.device) for part in split(batch, run.config)]
+    start_prototypes_(run, micro)
+    if run.model.prototypes is not None and run.unseen:
+        micro = [part._replace(label=run.model.prototypes.known(part.label)) for part in micro]
+    scales = run.model.loss_scales([part.label for part in micro], distributed.all_reduce)
+    outputs: list[StepOutput] = []
+    projected: list[Tensor] = []  # with their labels, for the memory
+    small: list[Tensor] = []
+    for part in micro:
+        with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):
+            with autocast(run.config, run.device):
+                output = run.parallel(part.image, part.label, scales)
+                if output.contrast is not None:
+                    projected.append(add_contrast_(run, output, part.index, len(micro)))
+                    small.append(output.contrast.labels)
+            output.total.backward()
+            output.contrast = None  # its features would stay in memory until the step ends
+        outputs.append(output)
+    values = finite_values(run, outputs, stop)  # the one host read of the step
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.schedule.step()
+    if run.model.prototypes is not None:
+        run.model.prototypes.update_(*[output.prototypes for output in outputs if output.prototypes])
+    if run.contrast is not None:
+        rows = projected[0] if len(projected) == 1 else torch.cat(projected)  # a map is large: no copy of one
+        run.contrast.enqueue_(rows, torch.cat(small), torch.cat([p.index for p in micro]), run.step)
+        run.empty_steps += int(values["contrast_empty"] > 0)
+    run.step += 1
+    return values
+
+
+def add_contrast_(run: Run, output: StepOutput, indices: Tensor, parts: int) -> Tensor:
+    """Add pixel contrast to a forward pass's losses; returns the projected pixels, for the memory.
+
+    The mean over micro-batches is taken. During the warm-up the term counts 0 times, with a graph, so that
+    DDP finds every parameter used.
+    """
+    assert run.contrast is not None
+    assert output.contrast is not None
+    source, labels, predictions = output.contrast
+    found = run.contrast(source, labels, predictions, indices, run.step, project=run.model.projection)
+    warm = run.step >= run.config.contrast.warmup_iterations
+    output.total = output.total + (run.config.loss.contrast if warm else 0.0) / parts * found.loss
+    output.terms["contrast"] = found.loss.detach() / parts
+    shares = {name: value / parts for name, value in found.diagnostics.items() if value.ndim == 0}
+    fills = {name: value.mean() / parts for name, value in found.diagnostics.items() if value.ndim == 1}
+    counts = {"anchors": found.anchors, "empty": found.empty / parts}
+    output.diagnostics = {f"contrast_{name}": v for name, v in (shares | fills | counts).items()}
+    return found.projected
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch where the model is, labels and indices int64."""
+    image, label, index = (tensor.to(device, non_blocking=True) for tensor in batch)
+    return Batch(image, label.long(), index)
+
+
+def split(batch: Batch, config: Config) -> list[Batch]:
+    """The micro-batches of one rank's batch."""
+    parts = [tensor.chunk(config.train.accumulation) for tensor in batch]
+    return [Batch(*part) for part in zip(*parts)]
+
+
+def start_prototypes_(run: Run, micro: list[Batch]) -> None:
+    """Give classes seen for the first time their prototypes, and revive dead ones every R steps.
+
+    Rare, so it may cost a forward pass of its own; all ranks decide alike.
+    """
+    head = run.model.prototypes
+    if head is None:
+        return
+    every = run.config.prototypes.revive_after
+    due = bool(every) and run.step > 0 and run.step % every == 0
+    small = [downsample_labels(part.label, run.model.feature_size(part.label)) for part in micro]
+    if not due and not (run.unseen and present_classes(small, head.num_classes) & run.unseen):
+        return
+    for part, labels in zip(micro, small):
+        with torch.no_grad(), frozen_running_stats(run.model), autocast(run.config, run.device):
+            embedding = run.model.embed(part.image)
+            head.prepare_(embedding, labels)
+    run.unseen = unseen_classes(run.model)
+
+
+def present_classes(labels: list[Tensor], num_classes: int) -> set[int]:
+    """The classes that occur on any rank."""
+    present = torch.zeros(num_classes, device=labels[0].device)
+    for each in labels:
+        present[each[each < num_classes].unique()] = 1
+    return set(distributed.all_reduce(present, "max").nonzero().flatten().tolist())
+
+
+def unseen_classes(model: Segmenter) -> set[int]:
+    """The classes whose prototypes do not hold data yet."""
+    if model.prototypes is None:
+        return set()
+    return set((~model.prototypes.initialized).nonzero().flatten().tolist())
+
+
+def gradients_stay_local(run: Run, unless: bool) -> AbstractContextManager[Any]:
+    """DDP averages gradients in the last micro-batch only."""
+    return nullcontext() if unless or distributed.world_size() == 1 else run.parallel.no_sync()  # type: ignore
+
+
+def finite_values(run: Run, outputs: list[StepOutput], stop: bool) -> dict[str, float]:
+    """Global means of the terms, their sum, gradient norm, diagnostics and stop flag; clips the gradient.
+
+    Diagnostics are the same on all ranks already. Errors: NonFiniteLoss naming the first value that is not
+    finite.
+    """
+    names = [*outputs[0].terms, "loss"]
+    sums = [sum(output.terms[name] for output in outputs) for name in names[:-1]]
+    local = torch.stack([*sums, sum(output.total.detach() for output in outputs)]).float()  # type: ignore
+    means = distributed.all_reduce(local) / distributed.world_size()  # local losses carry the factor W
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = get_total_norm(gradients)
+    if run.config.train.grad_clip is not None:
+        clip_grads_with_norm_(run.model.parameters(), run.config.train.grad_clip, norm)
+    flag = distributed.all_reduce(torch.full((), float(stop), device=run.device), "max")
+    extra = [sum(output.diagnostics[name] for output in outputs) for name in outputs[0].diagnostics]
+    read = torch.cat([means, torch.stack([norm, flag, *extra]).float()]).tolist()  # type: ignore[list-item]
+    values = dict(zip([*names, "grad_norm", "stop", *outputs[0].diagnostics], read))
+    for name, value in values.items():
+        if not math.isfinite(value):
+            what = "the gradient" if name == "grad_norm" else f"the term {name}"
+            raise NonFiniteLoss(
+                f"step {run.step + 1}: {what} is {value}; nothing was updated, the last checkpoint is"
+                " good: lower optim.lr, set train.grad_clip or train.precision=fp32 in a new run"
+            )
+    return values

@@ -1,0 +1,139 @@
+"""Classes added, removed, merged and clustered anew without a gradient step."""
+
+import pytest
+import torch
+from helpers import assert_close_report, run_ranks, unit_vectors
+
+from protoseg.core.prototypes import PrototypeHead
+
+
+def scene(classes, seed=0, noise=0.3, dim=16, per_class=40):
+    """Pixels around three directions per class, as a one-row map, the same directions for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = unit_vectors(6, 3, dim, seed=77)
+    labels = torch.tensor(list(classes)).repeat_interleave(per_class)
+    mode = torch.arange(len(labels)) % 3
+    pixels = centres[labels, mode] + noise * torch.randn(len(labels), dim, generator=generator) / dim**0.5
+    return pixels.t().view(1, dim, 1, -1), labels.view(1, 1, -1)
+
+
+def accuracy(head, features, labels):
+    return (head(features).argmax(1) == labels).double().mean().item()
+
+
+def trained(classes, **options):
+    torch.manual_seed(0)
+    head = PrototypeHead(16, len(classes), 3, **options)
+    head.prepare_(*scene(classes))
+    return head
+
+
+def test_a_class_is_added_from_a_mask_or_from_labels_and_old_ones_stay():
+    features, labels = scene(range(4), seed=1)
+    for chosen in (labels, labels == 3):
+        head = trained(range(3), score_norm="layer_norm")
+        before = head.prototypes.clone()
+        assert head.add_class(features, chosen) == 3
+        assert torch.equal(head.prototypes[:3], before)
+        assert accuracy(head, *scene(range(4), seed=2)) == 1
+        assert head.norm_weight.shape == (4,)
+    with pytest.raises(ValueError, match="no pixel is labelled as the new class 4"):
+        head.add_class(features, labels)
+
+
+def test_remove_and_merge_move_ids_down():
+    head = trained(range(4))
+    head.remove_class(1)
+    features, labels = scene([0, 2, 3], seed=1)
+    assert accuracy(head, features, torch.tensor([0, -1, 1, 2])[labels]) == 1
+    head = trained(range(4))
+    head.merge_classes(0, 2)
+    assert head.num_classes == 3
+    features, labels = scene(range(4), seed=1)
+    assert accuracy(head, features, torch.tensor([0, 1, 0, 2])[labels]) > 0.8
+    for call in (lambda: head.remove_class(3), lambda: head.merge_classes(0, 7)):
+        with pytest.raises(ValueError, match=r"no class \d, ids are 0 to 2"):
+            call()
+    with pytest.raises(ValueError, match="the same class"):
+        head.merge_classes(1, 1)
+
+
+def test_number_of_prototypes_changes_with_and_without_data():
+    for data in ((), scene(range(4))):
+        head = trained(range(4))
+        for count in (7, 2, 3):
+            head.set_num_prototypes(count, *data)
+            assert head.prototypes.shape == (4, count, 16)
+            assert torch.allclose(head.prototypes.norm(dim=-1), torch.ones(4, count))
+            cosine = head.prototypes @ head.prototypes.mT - 2 * torch.eye(count)
+            assert cosine.max() < 0.9999, "prototypes coincide"
+        assert accuracy(head, *scene(range(4), seed=1)) > (0.95 if data else 0.6)
+        out = head.training_step(*scene(range(4)))
+        head.update_(out)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        head.set_num_prototypes(0)
+
+
+def test_refit_recovers_from_bad_prototypes_and_leaves_absent_classes():
+    head = trained(range(4), start="random")
+    head.prototypes.copy_(unit_vectors(4, 3, 16, seed=5))
+    before = head.prototypes.clone()
+    head.refit([scene(range(3), seed=s) for s in (1, 2)])
+    assert torch.equal(head.prototypes[3], before[3])
+    assert accuracy(head, *scene(range(3), seed=3)) == 1
+    assert (head.usage[:3].sum(1) > 0).all()
+    assert not head.nearest_usage[:3].any(), "counts of prototypes that are gone"
+    assert not head.movement[:3].any()
+
+
+@pytest.mark.parametrize("score_norm", ["scale", "layer_norm"])
+def test_an_edited_head_loads_into_one_made_for_fewer_or_more_classes(score_norm):
+    head = trained(range(3), score_norm=score_norm)
+    head.add_class(*scene(range(4), seed=1))
+    features, _ = scene(range(4))
+    for count in (2, 4, 7):
+        fresh = PrototypeHead(16, count, 3, score_norm=score_norm)
+        fresh.resize_(4)
+        assert not fresh.initialized.any()
+        fresh.load_state_dict(head.state_dict())
+        assert torch.equal(fresh(features), head(features))
+
+
+def edits(head, features, labels, all_reduce=None):
+    """Every edit in turn."""
+    head.all_reduce = all_reduce
+    head.add_class(features, labels)
+    head.set_num_prototypes(5)
+    head.set_num_prototypes(4, features, labels)
+    head.merge_classes(0, 2)
+    head.remove_class(1)
+    head.refit([(features, labels)])
+    return head.prototypes
+
+
+def test_ranks_edit_alike_and_like_one_process():
+    parts = [scene(range(4), seed=1), scene([3, 0], seed=2, per_class=7), scene([1, 2], seed=3)]
+    joined = [torch.cat(pieces, -1) for pieces in zip(*parts)]
+    one = edits(trained(range(3)).double(), joined[0].double(), joined[1])
+
+    def work(rank, all_reduce):
+        torch.manual_seed(rank)  # as in training, where dropout differs between ranks
+        return edits(heads[rank], parts[rank][0].double(), parts[rank][1], all_reduce)
+
+    heads = [trained(range(3)).double() for _ in range(3)]
+    for mine in run_ranks(3, work):
+        assert_close_report(mine, one, "prototypes", "CKD", 1e-9)
+
+
+def test_autocast_changes_no_edit():
+    plain = edits(trained(range(3)), *scene(range(4), seed=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(edits(trained(range(3)), *scene(range(4), seed=1)), plain)
+
+
+def test_what_cannot_be_edited_is_named():
+    head = trained(range(3), ignore_index=3)
+    with pytest.raises(ValueError, match="the new class would be 3, which is the ignore index"):
+        head.add_class(*scene(range(4)))
+    with pytest.raises(ValueError, match="several times; give a list or a loader"):
+        head.refit(part for part in [scene(range(3))])

@@ -1,0 +1,80 @@
+"""What a run leaves for TensorBoard, read back as TensorBoard reads it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from google.protobuf import text_format
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+from protoseg.core.prototypes import PrototypeHead
+from protoseg.figures.prototype_figures import cosine_figure
+from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import make_folder
+from protoseg.training.log import RunLog, environment
+
+CLASSES = ("road", "traffic light", "unseen")
+PALETTE = ((128, 64, 128), (250, 170, 30), (0, 0, 0))
+
+
+def head() -> PrototypeHead:
+    """Class 0 has used its second prototype three times as often as its first; class 2 was never seen."""
+    torch.manual_seed(0)
+    made = PrototypeHead(4, 3, 2, start="random")
+    made.nearest_usage.copy_(torch.tensor([[10.0, 30.0], [1.0, 1.0], [0.0, 0.0]]))
+    made.initialized[2] = False
+    return made
+
+
+def test_tensorboard_gets_pictures_and_the_projector_class_names(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    made = head()
+    log.prototypes(made, CLASSES, PALETTE, step=10)
+    made.prototypes[0, 0] = torch.tensor([1.0, 0, 0, 0])
+    log.prototypes(made, CLASSES, PALETTE, step=20)
+    log.close()
+    board = tmp_path / "tensorboard"
+    events = EventAccumulator(str(board)).Reload()
+    assert set(events.Tags()["images"]) == {"prototypes/cosines", "prototypes/shares"}
+    for name in events.Tags()["images"]:
+        shown = events.Images(name)
+        assert [event.step for event in shown] == [10, 20]
+        picture = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
+        assert picture.std() > 10, f"{name} is blank"
+    config = text_format.Parse((board / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    (entry,) = config.embeddings
+    about = [line.split("\t") for line in (board / entry.metadata_path).read_text().splitlines()]
+    assert about == [
+        ["class", "prototype", "share"],
+        ["road", "1", "0.250"],
+        ["road", "2", "0.750"],
+        ["traffic light", "1", "0.500"],
+        ["traffic light", "2", "0.500"],
+    ]
+    vectors = np.loadtxt(board / entry.tensor_path, delimiter="\t")
+    np.testing.assert_allclose(vectors, made.prototypes[:2].flatten(0, 1), atol=1e-4)
+
+
+def test_prototypes_that_are_all_the_same_can_be_drawn(tmp_path: Path) -> None:
+    same = np.full((2, 2, 4), 0.5000001, np.float32)
+    matrix = cosine_figure(same, ["a", "b"]).axes[0]
+    assert np.ptp(matrix.images[0].get_array()) == 0
+    log = RunLog(tmp_path, 0)
+    log.prototypes(PrototypeHead(4, 3, 2), CLASSES, PALETTE, step=1)
+    assert not (tmp_path / "tensorboard/prototypes").exists(), "nothing to show before the first step"
+
+
+def test_a_file_in_the_folders_place_is_one_line(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a/b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: no folder can be made there \(File exists\); choose another"):
+        make_folder(tmp_path / "file")
+
+
+def test_results_are_written_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert environment(torch.device("cpu"))["git_commit"] is None

@@ -1,0 +1,409 @@
+"""The loop: resume, ranks, interruption, and what a user can get wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import yaml
+from tiny import CLASSES, PALETTE, write_folder
+from torch import nn
+from torchvision.io import write_png
+
+from protoseg.commands import train as train_command
+from protoseg.commands.cli import execute as command
+from protoseg.config import Config, config_from, load_config
+from protoseg.data.datasets import open_dataset
+from protoseg.data.loader import Batch
+from protoseg.models.checkpoint import load_checkpoint, load_segmenter, save_checkpoint
+from protoseg.runtime import distributed
+from protoseg.runtime.errors import UserError
+from protoseg.training.loop import train
+from protoseg.training.step import NonFiniteLoss, build_run, train_step
+
+DATA = {"name": "folder", "classes": CLASSES, "palette": PALETTE}
+TINY: dict[str, Any] = {
+    "data": DATA | {"crop": [32, 32], "batch_size": 2, "workers": 0, "flip": 0},
+    "backbone": {"name": "timm:test_efficientnet"},  # 82,300 parameters
+    "decode_head": {"dim": 16, "dropout": 0.1},
+    "prototypes": {"num_per_class": 2, "revive_after": 25},
+    "optim": {"name": "adamw", "lr": 1e-3},
+    "train": {"iterations": 4, "log_interval": 10},
+    "eval": {"interval": 40, "samples": 1},
+    "checkpoint": {"interval": 40},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Three pictures for training and three for validation."""
+    root = tmp_path_factory.mktemp("data")
+    write_folder(root)
+    TINY["data"]["root"] = str(root)
+
+
+def write_config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def run_cli(arguments: Sequence[str], **popen: Any) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "protoseg.commands.cli", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # several run at once, and sums depend on this number
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    """Until metrics.jsonl holds a training line at or after `step`."""
+    deadline = time.time() + 300
+    while time.time() < deadline:
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()[0]}")
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what the clock and the machine decide."""
+    clocked = {"images_per_second", "data_wait", "eta_seconds", "memory_gb"}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clocked} for line in lines]
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path))
+    arguments = ["train.iterations=100", "train.seed=3"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    first = run_cli(["train", config, "--out", str(broken), *arguments])
+    whole = run_cli(["train", config, "--out", str(straight), *arguments])
+    wait_for_step(broken, 50, first)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (broken / "results.json").exists(), "killed half-way"
+    again = run_cli(["train", config, "--out", str(broken), "--resume", "auto", *arguments])
+    for process in (whole, again):
+        text = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, text
+    assert "going on at step 40" in text
+    a, b = load_checkpoint(straight / "last.pt"), load_checkpoint(broken / "last.pt")
+    assert a["model"].keys() == b["model"].keys()
+    for name in a["model"]:
+        assert torch.equal(a["model"][name], b["model"][name]), name
+    assert metrics(straight) == metrics(broken)
+    ra, rb = (json.loads((out / "results.json").read_text()) for out in (straight, broken))
+    for key in ("mIoU", "aAcc", "mAcc", "IoU", "prototype_health", "best_mIoU", "step"):
+        assert ra[key] == rb[key], key
+
+
+def rank_batches(rank: int, world: int, steps: int, order: Sequence[int] = (0, 1, 2, 3)) -> list[Batch]:
+    """Batches of four 32-pixel images; the images' halves hold very unequal numbers of labelled pixels."""
+    batches = []
+    for step in range(steps):
+        g = torch.Generator().manual_seed(step)
+        image = torch.randint(0, 256, (4, 3, 32, 32), generator=g, dtype=torch.uint8)
+        label = torch.randint(0, 5, (4, 32, 32), generator=g).repeat_interleave(4, 1)[:, :32]
+        label[3, 4:] = 255
+        label[2, :, 8:] = 255
+        image = (image // 4 + (label[:, None].clamp(max=5) * 30).to(torch.uint8)).to(torch.uint8)
+        part = torch.tensor(order[rank * 4 // world : (rank + 1) * 4 // world])
+        batches.append(Batch(image[part], label[part], torch.arange(4)[part]))
+    return batches
+
+
+def rank_run(rank: int, world: int, port: int, out: str, accumulation: int) -> None:
+    """Twenty steps of one rank; saves weights, prototypes and assignments."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        distributed.setup()
+    values = {
+        **TINY,
+        "data": {"name": "digits", "batch_size": 4},
+        "decode_head": {"dim": 16, "dropout": 0},
+        "loss": {"ppc": 1.0, "ppd": 1.0, "class_weights": [1, 2, 1, 0.5, 3]},
+        "optim": {"name": "sgd", "lr": 0.01},
+        "prototypes": {"num_per_class": 3, "momentum": 0.9, "revive_after": 6},
+        "train": {"iterations": 20, "accumulation": accumulation},
+    }
+    config = config_from(values, "test")
+    run = build_run(config, tuple("abcde"), ((0, 0, 0),) * 5, 4, torch.device("cpu"), torch.float64)
+    for module in run.model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # SyncBatchNorm does not exist on the CPU
+            module.eval()
+            module.train = lambda mode=True, m=module: m  # type: ignore[method-assign]
+    seen: list[torch.Tensor] = []
+    assert run.model.prototypes is not None
+    update = run.model.prototypes.update_
+
+    def recording(*outputs: Any) -> None:
+        seen.append(torch.cat([output.assignment.flatten(1) for output in outputs]))
+        update(*outputs)
+
+    run.model.prototypes.update_ = recording  # type: ignore[method-assign]
+    # Sinkhorn runs per micro-batch. Two ranks make their first micro-batch of the images 0 and 2, so the
+    # single process must too.
+    order = (0, 2, 1, 3) if (world, accumulation) == (1, 2) else (0, 1, 2, 3)
+    losses = [train_step(run, batch)["loss"] for batch in rank_batches(rank, world, 20, order)]
+    state = {"model": run.model.state_dict(), "assignment": torch.stack(seen), "loss": losses}
+    torch.save(state, f"{out}/{world}-{accumulation}-{rank}.pt")
+    distributed.shutdown()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_equal_one(tmp_path: Path, accumulation: int) -> None:
+    port = 29500 + os.getpid() % 400 + accumulation
+    rank_run(0, 1, port, str(tmp_path), accumulation)
+    mp.spawn(rank_run, (2, port, str(tmp_path), accumulation), nprocs=2)
+    single = torch.load(tmp_path / f"1-{accumulation}-0.pt", weights_only=True)
+    parts = [torch.load(tmp_path / f"2-{accumulation}-{r}.pt", weights_only=True) for r in range(2)]
+    for name, value in single["model"].items():
+        assert torch.equal(parts[0]["model"][name], parts[1]["model"][name]), f"ranks differ in {name}"
+        torch.testing.assert_close(parts[0]["model"][name], value, rtol=0, atol=1e-5, msg=name)
+    torch.testing.assert_close(parts[0]["loss"], single["loss"], rtol=0, atol=1e-6)
+    if accumulation == 1:
+        assert torch.equal(torch.cat([p["assignment"] for p in parts], dim=1), single["assignment"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path, number: int) -> None:
+    config, out = str(write_config(tmp_path)), tmp_path / "run"
+    arguments = ["train", config, "--out", str(out), "train.iterations=1000", "data.workers=1"]
+    process = run_cli(arguments, start_new_session=True)
+    wait_for_step(out, 1, process)
+    os.killpg(process.pid, number)  # as a terminal and many schedulers do: the workers get it as well
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in text
+    assert "--resume auto goes on" in text
+    step = load_checkpoint(out / "last.pt")["step"]
+    content = yaml.safe_load((out / "config.yaml").read_text())
+    assert content["train"]["iterations"] == 1000
+    if number == signal.SIGTERM:
+        process = run_cli([*arguments, "--resume", "auto"])
+        wait_for_step(out, step + 1, process)
+        process.send_signal(number)
+        assert f"going on at step {step}" in process.communicate(timeout=60)[0]
+
+
+def tiny(**sections: dict[str, Any]) -> Config:
+    values = {key: {**value, **sections.get(key, {})} for key, value in TINY.items()}
+    return config_from(values | {k: v for k, v in sections.items() if k not in values}, "test")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    train(tiny(), out)
+    return out
+
+
+def test_run_folder_holds_what_design_lists(trained: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "last.pt", "best.pt", "results.json", "curves.png"):
+        assert (trained / name).is_file(), name
+    assert "tree\t2\t" in (trained / "tensorboard/prototypes/metadata.tsv").read_text()
+    assert list((trained / "samples").glob("*.png"))
+    results = json.loads((trained / "results.json").read_text())
+    for key in ("mIoU", "aAcc", "mAcc", "IoU", "seconds", "images_per_second", "peak_memory_gb", "versions"):
+        assert key in results
+    assert 0 <= results["mIoU"] <= 1
+    assert len(results["prototype_health"]["mean_intra_cosine"]) == 3
+    assert len(results["prototype_health"]["effective_k"]) == 3
+    assert not list(trained.rglob("*.tmp"))
+
+
+def test_evaluate_agrees_with_the_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command("evaluate", [str(trained), "--json", str(tmp_path / "s.json")]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["IoU"] == json.loads((trained / "results.json").read_text())["IoU"]
+
+
+def errors_of(capsys: pytest.CaptureFixture, verb: str, arguments: list[str]) -> str:
+    """The one line on standard error of a command that must fail as a user's mistake."""
+    assert command(verb, arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    assert "Traceback" not in text
+    return text
+
+
+def test_folder_that_holds_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (trained / "last.pt").read_bytes()
+    text = errors_of(capsys, "train", [str(write_config(tmp_path)), "--out", str(trained)])
+    assert "already holds a run" in text
+    assert "--resume auto" in text
+    other = tmp_path / "other.pt"
+    other.write_bytes(before)
+    arguments = [str(write_config(tmp_path)), "--out", str(trained), "--resume", str(other)]
+    assert "already holds a run" in errors_of(capsys, "train", arguments)
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_resume_with_another_config(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [str(write_config(tmp_path)), "--out", str(trained), "--resume", "auto", "optim.lr=0.5"]
+    text = errors_of(capsys, "train", arguments)
+    assert "optim.lr differ" in text
+
+
+def test_finished_run_resumes_to_its_results(trained: Path, tmp_path: Path) -> None:
+    before = json.loads((trained / "results.json").read_text())
+    assert command("train", [str(write_config(tmp_path)), "--out", str(trained), "--resume", "auto"]) == 0
+    assert json.loads((trained / "results.json").read_text())["IoU"] == before["IoU"]
+
+
+def test_checkpoint_of_another_architecture(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    content = load_checkpoint(trained / "last.pt")
+    content["config"]["backbone"]["name"] = "resnet50"
+    save_checkpoint(tmp_path / "other.pt", content)
+    text = errors_of(capsys, "evaluate", [str(tmp_path / "other.pt")])
+    assert "checkpoint of another architecture" in text
+
+
+def test_truncated_checkpoint(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = (trained / "last.pt").read_bytes()
+    for name, content in (("half", data[: len(data) // 2]), ("empty", b""), ("text", b"hello")):
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content)
+        assert f"{name}.pt" in errors_of(capsys, "evaluate", [str(path)])
+
+
+def test_checkpoint_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"config": {}, "model": nn.Linear(1, 1), "classes": []}, tmp_path / "code.pt")
+    assert "not a safe checkpoint" in errors_of(capsys, "evaluate", [str(tmp_path / "code.pt")])
+
+
+def test_missing_dataset_names_folder_and_source(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = tmp_path / "nowhere"
+    text = errors_of(
+        capsys,
+        "train",
+        ["configs/ade20k_segformer_k10.yaml", "--out", str(tmp_path / "o"), f"data.root={root}"],
+    )
+    assert str(root) in text
+    assert "ADEChallengeData2016" in text
+    assert not (tmp_path / "o").exists()
+
+
+def test_class_weights_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"loss.class_weights: 2 weights for 3 classes"):
+        train(tiny(loss={"class_weights": [1, 2]}), tmp_path / "o")
+
+
+def test_unreadable_image_stops_the_run_and_its_workers(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for i in range(4):
+            for kind in ("images", "labels"):
+                path = root / kind / split / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = torch.zeros((3 if kind == "images" else 1, 32, 32), dtype=torch.uint8)
+                write_png(pixels, str(path))
+    (root / "images" / "train" / "2.png").write_bytes(b"not an image")
+    values = {**TINY, "data": {"name": "folder", "root": str(root), "classes": ["a", "b"], "crop": [32, 32]}}
+    values["data"] |= {"batch_size": 4, "workers": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    process = run_cli(["train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, text
+    assert text.splitlines()[-1].startswith("error: ")
+    assert "2.png" in text
+    assert "Traceback" not in text
+
+
+def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
+    run = build_run(tiny(), tuple("abcde"), ((0, 0, 0),) * 5, 4, torch.device("cpu"))
+    batch = rank_batches(0, 1, 1)[0]
+    train_step(run, batch)
+    with torch.no_grad():
+        run.model.decode_head.fuse[1].weight[0] = float("nan")
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    prototypes = run.model.prototypes.prototypes.clone()
+    with pytest.raises(NonFiniteLoss, match=r"step 2: the term \w+ is nan; nothing was updated"):
+        train_step(run, batch)
+    for name, value in run.model.named_parameters():
+        assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
+    assert torch.equal(prototypes, run.model.prototypes.prototypes)
+    assert run.step == 1
+
+
+def test_linear_classifier_trains_too(tmp_path: Path) -> None:
+    results = train(tiny(classifier="linear"), tmp_path / "linear")  # type: ignore[arg-type]
+    assert "prototype_health" not in results
+    model, config, content = load_segmenter(tmp_path / "linear")
+    assert config.classifier == "linear"
+    assert content["classes"] == list(open_dataset(config, "val").classes)
+    assert not model.training
+
+
+def test_load_config_of_the_run_folder_is_the_run(trained: Path) -> None:
+    assert load_config(trained / "config.yaml") == tiny()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def full(content: Any, file: Any) -> None:
+        file.write(b"half")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 4 vs 0")  # as torch says it  # noqa: B904
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"last\.pt: cannot be written \(No space left on device\)"):
+            save_checkpoint(path, {"step": 2})
+
+    def broken(content: Any, file: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", broken)
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            save_checkpoint(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_errors_of_the_disk_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(arguments: Sequence[str]) -> None:
+        raise OSError(28, "No space left on device", "runs/x/metrics.jsonl")
+
+    monkeypatch.setattr(train_command, "main", fails)
+    assert command("train", []) == 2
+    said = "error: runs/x/metrics.jsonl: No space left on device; make room or choose another place\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(arguments: Sequence[str]) -> None:
+        Path("/nonexistent/typo.json").read_text()
+
+    monkeypatch.setattr(train_command, "main", fails)
+    with pytest.raises(FileNotFoundError):
+        command("train", [])
