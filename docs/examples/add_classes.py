@@ -25,7 +25,7 @@ from protoseg.core.similarity import unit
 from protoseg.data.datasets import build_dataset
 from protoseg.data.digits import CLASSES, colours
 from protoseg.data.file_dataset import Dataset, with_classes
-from protoseg.evaluation.inference import predict
+from protoseg.evaluation.inference import segment
 from protoseg.evaluation.scores import evaluate
 from protoseg.models.checkpoint import load_segmenter, save_segmenter
 from protoseg.models.segmenter import Segmenter
@@ -97,7 +97,7 @@ def scores(model: Segmenter, classes: Sequence[str]) -> tuple[float, float]:
     """Mean IoU in % of the old and of the new classes; labels of classes that the model lacks are ignored."""
     data = with_classes(build_dataset("digits", root=None, split="val"), classes, colours(classes))
     result = evaluate(
-        lambda image, size: predict(model, image, size),
+        lambda image, size: segment(model, image, size).classes,
         ((*data.read(i), i, data.name(i)) for i in range(len(data))),
         data.classes,
         data.ignore_index,

@@ -46,11 +46,16 @@ def downsample_labels(labels: Tensor, size: tuple[int, int] | torch.Size) -> Ten
 
     This is where bilinear interpolation with align_corners=False puts the embedding's pixels. Same dtype.
     """
-    rows, columns = (
-        ((2 * torch.arange(n, device=labels.device) + 1) * full).div(2 * n, rounding_mode="floor")
-        for n, full in zip(size, labels.shape[-2:])
-    )
+    rows, columns = (nearest_cells(n, full, labels.device) for n, full in zip(size, labels.shape[-2:]))
     return labels[:, rows[:, None], columns]
+
+
+def nearest_cells(size: int, full: int, device: torch.device | None = None) -> Tensor:
+    """(size,) int64: for each cell of one axis, that of `full` cells of the same axis under its centre.
+
+    The one rule for taking values from a map of another size, up or down ("nearest-exact" of torch).
+    """
+    return ((2 * torch.arange(size, device=device) + 1) * full).div(2 * size, rounding_mode="floor")
 
 
 def ppc_loss(
@@ -103,7 +108,7 @@ def upsampled_cross_entropy(
         return loss * scale.to(loss.dtype)
 
 
-class _Lerp(NamedTuple):
+class Lerp(NamedTuple):
     """Linear interpolation along one axis: out_j = (1 − weight_j) · in[low_j] + weight_j · in[high_j]."""
 
     low: Tensor
@@ -111,13 +116,25 @@ class _Lerp(NamedTuple):
     weight: Tensor
 
     @staticmethod
-    def between(size: int, full: int, like: Tensor) -> "_Lerp":
+    def between(size: int, full: int, like: Tensor) -> "Lerp":
         """From `size` to `full` points, as align_corners=False places them."""
         at = (torch.arange(full, device=like.device, dtype=like.dtype) + 0.5) * (size / full) - 0.5
         at = at.clamp(min=0)
         low = at.floor().clamp(max=size - 1)
         high = (low + 1).clamp(max=size - 1)
-        return _Lerp(low.long(), high.long(), at - low)
+        return Lerp(low.long(), high.long(), at - low)
+
+    def part(self, at: slice) -> "Lerp":
+        """Some of the output points."""
+        return Lerp(self.low[at], self.high[at], self.weight[at])
+
+
+def upsampled_rows(map_Chw: Tensor, full_width: int, rows: Lerp) -> Tensor:
+    """Some rows of the map at full size (C, r, W): bilinear, align_corners=False, exact at a band's rim."""
+    weight_r1 = rows.weight[:, None]
+    small_Crw = torch.lerp(map_Chw[:, rows.low], map_Chw[:, rows.high], weight_r1)
+    size = (len(rows.low), full_width)
+    return F.interpolate(small_Crw[None], size, mode="bilinear", align_corners=False)[0]
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
@@ -138,23 +155,16 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
             elements = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cpu"])
             chunk_size = elements // num_classes
         band = max(1, chunk_size // full_width)
-        rows = _Lerp.between(height, full_height, logits)
-        columns = _Lerp.between(width, full_width, logits)
+        rows = Lerp.between(height, full_height, logits)
+        columns = Lerp.between(width, full_width, logits)
         with_grad = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(logits if with_grad else logits[:0])
         loss = logits.new_zeros(())
         for image in range(batch):
             for start in range(0, full_height, band):
                 at = slice(start, min(start + band, full_height))
-                piece = _Lerp(rows.low[at], rows.high[at], rows.weight[at, None])
-                size = at.stop - start
-                # Rows by hand, so that a band is exact at its borders; then a one-dimensional interpolation.
-                small_Crw = torch.lerp(
-                    logits[image][:, piece.low], logits[image][:, piece.high], piece.weight
-                )
-                full_Crw = F.interpolate(
-                    small_Crw[None], (size, full_width), mode="bilinear", align_corners=False
-                )[0]
+                piece = rows.part(at)
+                full_Crw = upsampled_rows(logits[image], full_width, piece)
                 label_rw = labels[image, at].long()
                 labelled_rw = label_rw != ignore_index
                 label_1rw = label_rw.masked_fill(~labelled_rw, 0)[None]
@@ -174,7 +184,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         return gradient * grads[0], None, None, None, None
 
 
-def _upsampled_width_adjoint(error_CrW: Tensor, width: int, columns: _Lerp) -> Tensor:
+def _upsampled_width_adjoint(error_CrW: Tensor, width: int, columns: Lerp) -> Tensor:
     """Gradient (C, r, w) from that of the upsampled rows (C, r, W)."""
     classes, size, full_width = error_CrW.shape
     if error_CrW.is_cuda and torch.are_deterministic_algorithms_enabled():
@@ -187,10 +197,11 @@ def _upsampled_width_adjoint(error_CrW: Tensor, width: int, columns: _Lerp) -> T
     )[0]
 
 
-def _add_lerp_adjoint_(target: Tensor, dim: int, error: Tensor, lerp: _Lerp) -> None:
+def _add_lerp_adjoint_(target: Tensor, dim: int, error: Tensor, lerp: Lerp) -> None:
     """Add to `target` what a linear interpolation along `dim` sends back."""
-    target.index_add_(dim, lerp.low, error * (1 - lerp.weight))
-    target.index_add_(dim, lerp.high, error * lerp.weight)
+    weight = lerp.weight[:, None] if dim == 1 else lerp.weight
+    target.index_add_(dim, lerp.low, error * (1 - weight))
+    target.index_add_(dim, lerp.high, error * weight)
 
 
 def _summed_with_world(total: Tensor, all_reduce: AllReduce | None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+
+from protoseg.core.losses import nearest_cells
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet: about zero after normalisation, so padding looks like nothing
 CROP_TRIES = 10
@@ -141,10 +142,5 @@ def _below(count: int) -> int:
 
 def _resize_label(label: torch.Tensor, size: list[int]) -> torch.Tensor:
     """The nearest pixel of each new one: "nearest-exact" of torch, several times as fast by two look-ups."""
-    rows, columns = (_nearest(old, new) for old, new in zip(label.shape, size))
+    rows, columns = (nearest_cells(new, old).numpy() for old, new in zip(label.shape, size))
     return torch.from_numpy(label.numpy()[rows][:, columns])
-
-
-def _nearest(old: int, new: int) -> NDArray[np.int64]:
-    """(new,) for each cell of the new grid the cell of the old one under its centre."""
-    return (2 * np.arange(new) + 1) * old // (2 * new)

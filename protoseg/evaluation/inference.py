@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
+from protoseg.core.losses import Lerp, nearest_cells, upsampled_rows
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
@@ -71,13 +71,6 @@ class Prediction(NamedTuple):
     classes: Tensor  # int64
     confidence: Tensor | None  # float32, probability of the predicted class
     prototypes: Tensor | None  # int64, the nearest prototype of the predicted class, 0 … K−1
-
-
-def predict(
-    model: Segmenter, image: Tensor, size: tuple[int, int] | None = None, protocol: InferenceSettings = WHOLE
-) -> Tensor:
-    """The class of every pixel: (3, H, W) image, 0…255 → int64 (H, W), or of `size` if that is given."""
-    return segment(model, image, size, protocol).classes
 
 
 def segment(
@@ -193,32 +186,22 @@ def most_likely(
     classes = torch.empty(size, dtype=torch.long, device=device)
     probability = torch.empty(size, device=device) if confidence else None
     band = max(1, BAND_ELEMENTS.get(device.type, 2**24) // (len(views[0]) * size[1]))
+    rows = [Lerp.between(view.shape[1], size[0], view) for view in views]
     for top in range(0, size[0], band):
         at = slice(top, min(top + band, size[0]))
+        values = upsampled_rows(views[0], size[1], rows[0].part(at))
         if len(views) == 1:
-            values = upsampled_rows(views[0], size, at)
             best, classes[at] = values.max(0)
             if probability is not None:
                 probability[at] = (best - values.logsumexp(0)).exp()
         else:
-            mean = upsampled_rows(views[0], size, at).softmax(0)
-            for view in views[1:]:
-                mean += upsampled_rows(view, size, at).softmax(0)
+            mean = values.softmax(0)
+            for view, its_rows in zip(views[1:], rows[1:]):
+                mean += upsampled_rows(view, size[1], its_rows.part(at)).softmax(0)
             best, classes[at] = mean.max(0)
             if probability is not None:
                 probability[at] = best / len(views)
     return classes, probability
-
-
-def upsampled_rows(map_Chw: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
-    """Some rows of F.interpolate(map, size, mode="bilinear", align_corners=False): (C, rows, W)."""
-    count = map_Chw.shape[1]
-    row = torch.arange(rows.start, rows.stop, device=map_Chw.device)
-    source = ((row + 0.5) * (count / size[0]) - 0.5).clamp(min=0)
-    low = source.long().clamp(max=count - 1)
-    high = (low + 1).clamp(max=count - 1)
-    blended = torch.lerp(map_Chw[:, low], map_Chw[:, high], (source - low)[None, :, None])
-    return F.interpolate(blended[None], (len(row), size[1]), mode="bilinear", align_corners=False)[0]
 
 
 def nearest_prototypes(head: PrototypeHead, embedding: Tensor) -> Tensor:
@@ -238,8 +221,7 @@ def nearest_prototypes(head: PrototypeHead, embedding: Tensor) -> Tensor:
 def at_pixels(map_Chw: Tensor, classes: Tensor) -> Tensor:
     """For every pixel (H, W) the entry of its class in its cell."""
     rows, columns = (
-        (2 * torch.arange(side, device=classes.device) + 1) * cells // (2 * side)
-        for side, cells in zip(classes.shape, map_Chw.shape[1:])
+        nearest_cells(side, cells, classes.device) for side, cells in zip(classes.shape, map_Chw.shape[1:])
     )
     return map_Chw[classes, rows[:, None], columns].long()
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from protoseg.data.classes.palette import default_palette
-from protoseg.figures.pictures import Palette, outlined, shades
+from protoseg.figures.pictures import Palette, outlined, resized, shades
 from protoseg.figures.survey import Patch, Sample, Survey, similarity_maps
 
 LONGEST_SIDE = 640  # pixels of a sample image in the page
@@ -125,15 +125,15 @@ def _sample(
         "columns": cells[1],
         "heatRows": heat_size[0],
         "heatColumns": heat_size[1],
-        "label": _pack(_nearest_resize(sample.label, shown)),
-        "prediction": _pack(_nearest_resize(sample.prediction, shown)),
-        "nearest": _pack(_nearest_resize(sample.nearest, cells)),
-        "classes": _pack(_nearest_resize(sample.classes, cells)),
-        "scores": _pack(_steps(_nearest_resize(sample.scores, cells), score_range, 65535)),
+        "label": _pack(resized(sample.label, shown)),
+        "prediction": _pack(resized(sample.prediction, shown)),
+        "nearest": _pack(resized(sample.nearest, cells)),
+        "classes": _pack(resized(sample.classes, cells)),
+        "scores": _pack(_steps(resized(sample.scores, cells), score_range, 65535)),
         "heat": _pack(_steps(heat, (low, 1.0), 255), "u8"),
     }
     if second is not None:
-        content["second"] = _pack(_nearest_resize(second, shown))
+        content["second"] = _pack(resized(second, shown))
     return content
 
 
@@ -148,13 +148,6 @@ def _fit(size: tuple[int, int], most: int) -> tuple[int, int]:
     """The size shrunk to at most `most` cells."""
     shrink = min(1.0, (most / (size[0] * size[1])) ** 0.5)
     return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
-
-
-def _nearest_resize(array: NDArray, size: tuple[int, int]) -> NDArray:
-    """(H, W, …) at another size, each value taken from one place."""
-    rows = ((np.arange(size[0]) + 0.5) * array.shape[0] / size[0]).astype(int)
-    columns = ((np.arange(size[1]) + 0.5) * array.shape[1] / size[1]).astype(int)
-    return array[np.ix_(rows, columns)]
 
 
 def _steps(values: NDArray, ends: tuple[float, float], most: int) -> NDArray:

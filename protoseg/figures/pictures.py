@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from protoseg.core.losses import nearest_cells
+
 Palette = Sequence[tuple[int, int, int]]
 IGNORED_COLOUR = (255, 255, 255)
 RIGHT, WRONG = (222, 226, 230), (200, 30, 60)
@@ -59,17 +61,16 @@ def shades(palette: Palette, num_prototypes: int) -> NDArray[np.uint8]:
     return shades_CK3
 
 
-def enlarged(picture: NDArray, size: tuple[int, int]) -> NDArray:
-    """(h, w, 3) → (*size, 3), every pixel a block: no colours that were not there."""
-    rows = np.arange(size[0]) * picture.shape[0] // size[0]
-    columns = np.arange(size[1]) * picture.shape[1] // size[1]
-    return picture[np.ix_(rows, columns)]
+def resized(array: NDArray, size: tuple[int, int]) -> NDArray:
+    """(H, W, …) → (*size, …), each value that of one place: no colours or ids that were not there."""
+    rows, columns = (nearest_cells(new, old).numpy() for new, old in zip(size, array.shape))
+    return array[np.ix_(rows, columns)]
 
 
 def outlined(picture: NDArray[np.uint8], matched: NDArray[np.bool_], side: int) -> NDArray[np.uint8]:
     """A picture (s, s, 3) at `side` pixels with the matched pixels (s, s) outlined in white on black."""
     large = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)).copy()
-    inside = enlarged(matched[..., None], (side, side))[..., 0]
+    inside = resized(matched, (side, side))
     white = inside & ~ndimage.binary_erosion(inside, border_value=1)
     near = ndimage.binary_dilation(white, structure=np.ones((3, 3)))
     large[near] = (large[near] * 0.25).astype(np.uint8)

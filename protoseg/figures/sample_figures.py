@@ -24,8 +24,8 @@ from protoseg.figures.pictures import (
     class_legend,
     colourise,
     difference_map,
-    enlarged,
     error_map,
+    resized,
     shades,
     swatch,
 )
@@ -139,7 +139,7 @@ def which_prototype_figure(
         line[0].imshow(image)
         line[1].imshow(colourise(label, palette), interpolation="nearest")
         line[2].imshow(colourise(prediction, palette), interpolation="nearest")
-        line[3].imshow(enlarged(table[nearest], size), interpolation="nearest")
+        line[3].imshow(resized(table[nearest], size), interpolation="nearest")
         _border_lines(line[3], nearest // num_prototypes, size)
         _number_regions(line[3], nearest, num_prototypes, size)
     for axes, title in zip(grid[0], ("image", "label (white: ignored)", "prediction", "which prototype")):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from protoseg.core.losses import downsample_labels
+from protoseg.core.losses import downsample_labels, nearest_cells
 from protoseg.core.similarity import own_similarities, unit_rows
 from protoseg.data.file_dataset import Dataset
-from protoseg.evaluation.inference import predict
+from protoseg.evaluation.inference import segment
 from protoseg.models.segmenter import Segmenter
 
 RUNNERS_UP = 5  # classes with their scores, for each pixel of a sample
@@ -103,7 +103,7 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
             if head.score_norm == "scale":
                 scores_NC = (logits_NC / head.logit_scale).clamp(min=-1)  # −1 for classes without prototypes
         top = scores_NC.topk(min(RUNNERS_UP, scores_NC.shape[1]), dim=1)
-        prediction = predict(model, image.to(model.mean.device), (label.shape[0], label.shape[1]))
+        prediction = segment(model, image.to(model.mean.device), (label.shape[0], label.shape[1])).classes
         samples.append(
             Sample(
                 name=dataset.name(index),
@@ -254,7 +254,7 @@ def crop_around(
         min(max(round((at + 0.5) * length / cells - side / 2), 0), length - side)
         for at, length, cells in zip(cell, (height, width), (rows, columns))
     )
-    y = (np.arange(top, top + side) * rows) // height
-    x = (np.arange(left, left + side) * columns) // width
+    y = nearest_cells(height, rows)[top : top + side].numpy()
+    x = nearest_cells(width, columns)[left : left + side].numpy()
     picture = image[:, top : top + side, left : left + side].permute(1, 2, 0).numpy()
     return picture, won[np.ix_(y, x)]

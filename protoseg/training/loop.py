@@ -13,7 +13,7 @@ from protoseg.data.datasets import open_dataset
 from protoseg.data.file_dataset import Dataset
 from protoseg.data.loader import EvalLoader, eval_loader, train_loader
 from protoseg.data.transforms import TrainTransform
-from protoseg.evaluation.inference import predict
+from protoseg.evaluation.inference import segment
 from protoseg.evaluation.scores import Scores, evaluate
 from protoseg.evaluation.tables import print_scores
 from protoseg.figures.sample_figures import sample_figure
@@ -182,7 +182,7 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
 
     with autocast(run.config, run.device):
         scores = evaluate(
-            lambda image, size: predict(run.model, image, size),
+            lambda image, size: segment(run.model, image, size).classes,
             val_loader,
             run.classes,
             run.model.ignore_index,

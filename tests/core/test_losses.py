@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_report, peak_bytes, run_ranks
 
-from protoseg.core.losses import downsample_labels, loss_scale, ppc_loss, ppd_loss, upsampled_cross_entropy
+from protoseg.core.losses import (
+    Lerp,
+    downsample_labels,
+    loss_scale,
+    ppc_loss,
+    ppd_loss,
+    upsampled_cross_entropy,
+    upsampled_rows,
+)
 
 SIZES = [
     (2, 5, 7, 9, 28, 36),
@@ -122,3 +130,15 @@ def test_ppc_and_ppd_by_hand():
     scale = torch.tensor(0.5)
     assert_close_report(ppc_loss(lse, positive, labelled, 0.5, scale), torch.tensor((1.0 + 3.0) / 2), "PPC")
     assert_close_report(ppd_loss(positive, labelled, scale), torch.tensor(0.25 / 2), "PPD")
+
+
+@pytest.mark.parametrize(
+    ("cells", "size"), [((5, 7), (20, 28)), ((5, 7), (19, 26)), ((1, 1), (4, 3)), ((9, 8), (5, 6))]
+)
+def test_rows_are_those_of_the_upsampled_map(cells: tuple[int, int], size: tuple[int, int]) -> None:
+    logits = torch.randn(3, *cells, generator=torch.Generator().manual_seed(1))
+    whole = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+    rows = Lerp.between(cells[0], size[0], logits)
+    for at in (slice(top, min(top + 3, size[0])) for top in range(0, size[0], 3)):
+        got = upsampled_rows(logits, size[1], rows.part(at))
+        torch.testing.assert_close(got, whole[:, at], rtol=0, atol=1e-5)

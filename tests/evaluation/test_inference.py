@@ -16,11 +16,9 @@ from protoseg.evaluation.inference import (
     InferenceSettings,
     blending_weights,
     most_likely,
-    predict,
     rescale,
     segment,
     starts,
-    upsampled_rows,
     windowed_logits,
 )
 from protoseg.models.build import build_model
@@ -93,7 +91,8 @@ def test_a_window_that_covers_the_image_is_the_whole_image(model: Segmenter, win
         whole, _ = windowed_logits(model, image)
         covered, _ = windowed_logits(model, image, InferenceSettings(window))
     assert torch.equal(covered, whole)
-    assert torch.equal(predict(model, image, protocol=InferenceSettings(window)), predict(model, image))
+    at_once = segment(model, image).classes
+    assert torch.equal(segment(model, image, protocol=InferenceSettings(window)).classes, at_once)
 
 
 @torch.inference_mode()
@@ -126,17 +125,6 @@ def test_blending_weights_are_symmetric_and_positive() -> None:
     assert weights.max() == 1
     assert torch.equal(weights, weights.flip(0))
     assert torch.equal(weights, weights.flip(1))
-
-
-@pytest.mark.parametrize(
-    ("cells", "size"), [((5, 7), (20, 28)), ((5, 7), (19, 26)), ((1, 1), (4, 3)), ((9, 8), (5, 6))]
-)
-def test_rows_are_those_of_the_upsampled_map(cells: tuple[int, int], size: tuple[int, int]) -> None:
-    logits = torch.randn(3, *cells, generator=torch.Generator().manual_seed(1))
-    whole = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
-    for top in range(0, size[0], 3):
-        at = slice(top, min(top + 3, size[0]))
-        torch.testing.assert_close(upsampled_rows(logits, size, at), whole[:, at], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("views", [1, 3])
@@ -257,7 +245,7 @@ def test_prototype_map_is_the_nearest_of_the_predicted_class(local_model: Segmen
 
 
 def test_prediction_at_the_labels_size(model: Segmenter) -> None:
-    assert predict(model, picture(48, 64), (24, 30)).shape == (24, 30)
+    assert segment(model, picture(48, 64), (24, 30)).classes.shape == (24, 30)
 
 
 @pytest.mark.parametrize(

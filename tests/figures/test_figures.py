@@ -17,7 +17,7 @@ from protoseg.commands.cli import execute as command
 from protoseg.core.health import Health
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.data.classes.palette import default_palette
-from protoseg.figures.pictures import ONLY_FIRST, ONLY_SECOND, difference_map, enlarged, outlined, shades
+from protoseg.figures.pictures import ONLY_FIRST, ONLY_SECOND, difference_map, outlined, resized, shades
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure, embedding_figure, project
 from protoseg.figures.sample_figures import patches_figure, which_prototype_figure
 from protoseg.figures.survey import crop_around, read_samples, similarity_maps, spread_indices, survey
@@ -236,7 +236,7 @@ def test_difference_map_and_outline() -> None:
     assert (large[10, 15:25] == 255).all(), "the edge of the matched pixels is white"
     assert (large[20, 20] == 100).all(), "inside, the picture stays"
     assert (large[2, 2] == 100).all()
-    assert np.array_equal(enlarged(np.arange(12, dtype=np.uint8).reshape(2, 2, 3), (4, 6))[3, 5], [9, 10, 11])
+    assert np.array_equal(resized(np.arange(12, dtype=np.uint8).reshape(2, 2, 3), (4, 6))[3, 5], [9, 10, 11])
 
 
 def test_default_colours_stay_apart_for_red_green_blind_eyes() -> None:
