@@ -97,7 +97,7 @@ def scores(model: Segmenter, classes: Sequence[str]) -> tuple[float, float]:
     """Mean IoU in % of the old and of the new classes; labels of classes that the model lacks are ignored."""
     data = with_classes(build_dataset("digits", root=None, split="val"), classes, colours(classes))
     result = evaluate(
-        lambda image, size: segment(model, image, size).classes,
+        lambda image, size: segment(model, image, size),
         ((*data.read(i), i, data.name(i)) for i in range(len(data))),
         data.classes,
         data.ignore_index,

@@ -14,11 +14,10 @@ from protoseg.data.datasets import open_dataset
 from protoseg.data.file_dataset import in_short, with_classes
 from protoseg.data.loader import eval_loader
 from protoseg.evaluation.inference import InferenceSettings, segment
-from protoseg.evaluation.scores import BOUNDARY_RATIO, measure
+from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate
 from protoseg.evaluation.tables import (
     RunScores,
     _console,
-    _writing,
     print_comparison,
     print_run,
     write_class_csv,
@@ -55,7 +54,7 @@ def score_run(
         closing(eval_loader(dataset, workers=config.data.workers, **ranks)) as loader,
         autocast(config, device),
     ):
-        measures = measure(
+        scores = evaluate(
             lambda image, size: segment(model, image, size, protocol, confidence=True),
             track(
                 loader,
@@ -68,10 +67,10 @@ def score_run(
             dataset.classes,
             dataset.ignore_index,
             device,
-            boundary_ratio,
+            boundary_ratio=boundary_ratio,
         )
     unlabelled = tuple(i for i, name in enumerate(dataset.classes) if name not in given.classes)
-    measures = replace(measures, scores=replace(measures.scores, unlabelled=unlabelled))
+    scores = replace(scores, unlabelled=unlabelled)
     facts = {
         "run": str(path),
         "step": content["step"],
@@ -82,26 +81,26 @@ def score_run(
         "boundary_ratio": boundary_ratio,
     }
     title = f"{path} (step {content['step']}) on {split}, {len(dataset)} images"
-    return RunScores(title, measures, facts)
+    return RunScores(title, scores, facts)
 
 
 def write_scores(path: Path, runs: list[RunScores]) -> None:
     """JSON of one run, or of two under the keys A and B."""
     plain = [run.to_plain() for run in runs]
     content = plain[0] if len(plain) == 1 else dict(zip("AB", plain))
-    _writing(path, lambda: write_json(path, content))
+    write_json(path, content)
 
 
 def write_figures(folder: Path, run: RunScores) -> None:
     """confusion.png and reliability.png."""
-    measures = run.measures
+    scores = run.scores
+    assert scores.bins is not None, "the command counts everything"
     figures = {
-        "confusion": confusion_figure(measures.scores.confusion, measures.scores.classes),
-        "reliability": reliability_figure(measures.bins, measures.calibration_error),
+        "confusion": confusion_figure(scores.confusion, scores.classes),
+        "reliability": reliability_figure(scores.bins, scores.calibration_error),
     }
     for name, figure in figures.items():
-        path = folder / f"{name}.png"
-        _writing(path, lambda figure=figure, path=path: save_figure(figure, path))
+        save_figure(figure, folder / f"{name}.png")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -43,8 +43,5 @@ def main(arguments: Sequence[str]) -> None:
         take_bgr_(model.backbone.net)
     elif config.decode_head.name == "official":
         print("note: ProtoSeg's published code trains on BGR images; add --bgr if this file is from it")
-    try:
-        save_segmenter(args.out, model, config, spec.classes, spec.colours)
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot write ({error.strerror}); choose another place") from None
+    save_segmenter(args.out, model, config, spec.classes, spec.colours)
     print(f"{args.out}: {len(spec.classes)} classes, {model.num_parameters:,} learnable parameters")

@@ -20,6 +20,7 @@ from protoseg.data.reading.decode import IMAGE_ENDINGS
 from protoseg.evaluation.inference import Prediction
 from protoseg.figures.pictures import Palette, colourise
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import whole_file
 
 READERS = WRITERS = 2  # threads
 AHEAD = 4  # images read before their turn, and results waiting to be written
@@ -133,19 +134,19 @@ def write_maps(
     """labels/NAME.png, overlays/NAME.jpg and what else is wanted, for one image (3, H, W)."""
     classes = prediction.classes.numpy()
     if outputs.raw_ids is not None:
-        _save(id_image(outputs.raw_ids[classes], None), outputs.folder / "labels", f"{name}.png")
+        _save(id_image(outputs.raw_ids[classes], None), outputs.folder / f"labels/{name}.png")
     else:
-        _save(id_image(classes, outputs.palette), outputs.folder / "labels", f"{name}.png")
+        _save(id_image(classes, outputs.palette), outputs.folder / f"labels/{name}.png")
     if with_overlay:
         blend = overlay(image.permute(1, 2, 0).numpy(), classes, outputs.palette)
-        _save(Image.fromarray(blend), outputs.folder / "overlays", f"{name}.jpg", quality=92)
+        _save(Image.fromarray(blend), outputs.folder / f"overlays/{name}.jpg", quality=92)
     if prediction.confidence is not None:
         grey = (prediction.confidence.numpy() * 255).round().astype(np.uint8)
-        _save(Image.fromarray(grey), outputs.folder / "confidence", f"{name}.png")
+        _save(Image.fromarray(grey), outputs.folder / f"confidence/{name}.png")
     if prediction.prototypes is not None:
         index = prediction.prototypes.numpy()
         palette = default_palette(int(index.max()) + 1)
-        _save(id_image(index, palette), outputs.folder / "prototypes", f"{name}.png")
+        _save(id_image(index, palette), outputs.folder / f"prototypes/{name}.png")
 
 
 def overlay(picture: NDArray[np.uint8], classes: NDArray, palette: Palette) -> NDArray[np.uint8]:
@@ -163,16 +164,9 @@ def id_image(ids: NDArray[np.integer], palette: Palette | None) -> Image.Image:
     return picture
 
 
-def _save(picture: Image.Image, folder: Path, name: str, **options: int) -> None:
-    """Under another name first: a file with its own name is always whole."""
-    path = folder / name
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _save(picture: Image.Image, path: Path, **options: int) -> None:
+    with whole_file(path) as part:
         picture.save(part, format="PNG" if path.suffix == ".png" else "JPEG", **options)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error}); check --out") from None
 
 
 def _is_known(path: Path) -> bool:

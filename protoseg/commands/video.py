@@ -6,6 +6,7 @@ play.
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import cannot_write, whole_file
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 WEBCAM_RATE = Fraction(15)  # frames/s of the written video where the camera does not say
@@ -47,8 +49,8 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate = path, rate
-        self.part = path.with_name(f".{path.name}.part")
         self.container: Any = None  # opened with the first picture: only that tells the size
+        self.whole = ExitStack()
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -59,20 +61,20 @@ class VideoWriter:
         even = np.pad(picture, ((0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)), mode="edge")
         try:
             if self.container is None:
-                self.part.parent.mkdir(parents=True, exist_ok=True)
-                self.container = av.open(str(self.part), "w", format="mp4")
+                part = self.whole.enter_context(whole_file(self.path))
+                self.container = av.open(str(part), "w", format="mp4")
                 self.stream = self.container.add_stream("libx264", rate=self.rate)
                 self.stream.height, self.stream.width = even.shape[:2]
                 self.stream.pix_fmt = "yuv420p"
             self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         except (av.FFmpegError, OSError) as error:
-            raise UserError(f"{self.path}: cannot write ({error.strerror or error}); check --out") from None
+            raise cannot_write(self.path, error) from None
 
     def __exit__(self, *_: object) -> None:
         if self.container is not None:
             self.container.mux(self.stream.encode())
             self.container.close()
-            self.part.replace(self.path)
+            self.whole.close()
 
 
 def _frames(av: ModuleType, container: Any, source: str) -> Iterator[Tensor]:

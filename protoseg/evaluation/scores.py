@@ -1,7 +1,7 @@
 """Scores on a labelled split: IoU, accuracy, boundary IoU and calibration, in one pass."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,13 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from protoseg.evaluation.inference import Prediction
 from protoseg.runtime.distributed import all_reduce
 
+BINS = 15
+BOUNDARY_RATIO = 0.02  # width of the boundary, as a share of the image's diagonal
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Segmentation scores, all between 0 and 1.
+    """What is said about a model on a split, all between 0 and 1; counts are summed over images and ranks.
 
     Classes that occur neither in the labels nor in the predictions have no IoU (NaN) and are left out of the
     mean; classes without labels are left out of mAcc.
@@ -25,13 +28,23 @@ class Scores:
 
     classes: tuple[str, ...]
     confusion: Tensor  # (C, C) int64 pixel counts, row = label, column = prediction
+    boundary: Tensor | None = None  # (3, C) int64: boundary pixels of the labels, of the predictions, of both
+    bins: Tensor | None = None  # (3, J) double, by confidence: pixels, sum of confidence, right pixels
     unlabelled: tuple[int, ...] = ()  # classes that the data cannot show: a prediction is wrong, IoU is NaN
 
     @property
     def iou(self) -> Tensor:
         """(C,) intersection over union."""
-        hit = self.confusion.diag().double()
-        iou = hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)
+        return self._iou(self.confusion.sum(1), self.confusion.sum(0), self.confusion.diag())
+
+    @property
+    def boundary_iou(self) -> Tensor:
+        """(C,) IoU of the boundary regions (Cheng et al., CVPR 2021, Eq. 2)."""
+        assert self.boundary is not None, "boundaries were not counted"
+        return self._iou(*self.boundary)
+
+    def _iou(self, label: Tensor, predicted: Tensor, both: Tensor) -> Tensor:
+        iou = both.double() / (label + predicted - both)
         return iou.index_fill(0, torch.tensor(self.unlabelled, dtype=torch.long), torch.nan)
 
     @property
@@ -47,15 +60,32 @@ class Scores:
     def pixel_accuracy(self) -> float:
         return (self.confusion.diag().sum() / self.confusion.sum()).item()
 
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error (Guo et al., ICML 2017, Eq. 3): mean |accuracy − confidence| of bins."""
+        assert self.bins is not None, "predictions had no confidence"
+        pixels, confidence, right = self.bins
+        return ((right - confidence).abs().sum() / pixels.sum()).item()
+
     def to_plain(self) -> dict[str, Any]:
         """Plain data for JSON; None stands for an undefined value."""
-        return {
+        plain: dict[str, Any] = {
             "mIoU": none_if_nan(self.miou),
             "aAcc": none_if_nan(self.pixel_accuracy),
             "mAcc": none_if_nan(self.accuracy.nanmean().item()),
-            "IoU": dict(zip(self.classes, map(none_if_nan, self.iou.tolist()))),
-            "Acc": dict(zip(self.classes, map(none_if_nan, self.accuracy.tolist()))),
+            "IoU": self._by_class(self.iou),
+            "Acc": self._by_class(self.accuracy),
         }
+        if self.boundary is not None:
+            plain["boundary_mIoU"] = none_if_nan(self.boundary_iou.nanmean().item())
+            plain["boundary_IoU"] = self._by_class(self.boundary_iou)
+        if self.bins is not None:
+            plain["ECE"] = none_if_nan(self.calibration_error)
+            plain["reliability"] = dict(zip(("pixels", "confidence", "right"), self.bins.tolist()))
+        return plain
+
+    def _by_class(self, values: Tensor) -> dict[str, float | None]:
+        return dict(zip(self.classes, map(none_if_nan, values.tolist())))
 
 
 def none_if_nan(value: float) -> float | None:
@@ -71,99 +101,42 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
 
 
 def evaluate(
-    predict: Callable[[Tensor, tuple[int, int]], Tensor],
-    samples: Iterable[tuple[Tensor, Tensor, int, str]],
-    classes: tuple[str, ...],
-    ignore_index: int,
-    device: torch.device,
-    on_sample: Callable[[int, str, Tensor, Tensor, Tensor], None] | None = None,
-) -> Scores:
-    """Score `predict(image, label size)` on samples (image, label, index, name), summed over ranks.
-
-    Predictions are compared at the label's own size. `on_sample(index, name, image, label, prediction)` sees
-    every sample, for pictures.
-    """
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=device)
-    for image, label, index, name in samples:
-        target = label.to(device).long()
-        prediction = predict(image.to(device), (label.shape[-2], label.shape[-1]))
-        confusion += confusion_matrix(prediction, target, len(classes), ignore_index)
-        if on_sample is not None:
-            on_sample(index, name, image, label, prediction.cpu())
-    return Scores(classes, all_reduce(confusion).cpu())
-
-
-BINS = 15
-BOUNDARY_RATIO = 0.02  # width of the boundary, as a share of the image's diagonal
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Everything that is said about a model on a split; counts are summed over images and ranks."""
-
-    scores: Scores
-    boundary: Tensor  # (3, C) int64: boundary pixels of the labels, of the predictions, of both
-    bins: Tensor  # (3, J) double, by confidence: pixels, sum of confidence, rightly classified pixels
-
-    @property
-    def boundary_iou(self) -> Tensor:
-        """(C,) IoU of the boundary regions (Cheng et al., CVPR 2021, Eq. 2); NaN for absent classes."""
-        label, predicted, both = self.boundary.double()
-        iou = both / (label + predicted - both)
-        return iou.index_fill(0, torch.tensor(self.scores.unlabelled, dtype=torch.long), torch.nan)
-
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error (Guo et al., ICML 2017, Eq. 3): mean |accuracy − confidence| of bins."""
-        pixels, confidence, right = self.bins
-        return ((right - confidence).abs().sum() / pixels.sum()).item()
-
-    def to_plain(self) -> dict[str, Any]:
-        """Plain data for JSON; None stands for an undefined value."""
-        iou = self.boundary_iou
-        return {
-            **self.scores.to_plain(),
-            "boundary_mIoU": none_if_nan(iou.nanmean().item()),
-            "boundary_IoU": dict(zip(self.scores.classes, map(none_if_nan, iou.tolist()))),
-            "ECE": none_if_nan(self.calibration_error),
-            "reliability": {
-                name: values.tolist() for name, values in zip(("pixels", "confidence", "right"), self.bins)
-            },
-        }
-
-
-def measure(
     segment: Callable[[Tensor, tuple[int, int]], Prediction],
     samples: Iterable[tuple[Tensor, Tensor, int, str]],
     classes: tuple[str, ...],
     ignore_index: int,
     device: torch.device,
-    boundary_ratio: float = BOUNDARY_RATIO,
-) -> Measures:
-    """All scores of `segment(image, label size)`, whose predictions have confidences, summed over ranks."""
+    *,
+    boundary_ratio: float | None = None,
+    on_sample: Callable[[str, Tensor, Tensor, Tensor], None] | None = None,
+) -> Scores:
+    """Score `segment(image, label size)` on samples (image, label, index, name), summed over ranks.
+
+    Predictions are compared at the label's own size. With `boundary_ratio`, the width of boundaries, these
+    and the calibration are counted too, for which predictions need confidences. `on_sample(name, image,
+    label, prediction)` sees every sample, for pictures.
+    """
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=device)
-    boundary = torch.zeros(3, len(classes), dtype=torch.long)
+    boundary = torch.zeros(3, len(classes), dtype=torch.long, device=device)
     bins = torch.zeros(3, BINS, dtype=torch.double, device=device)
-    for image, label, _, _ in samples:
+    for image, label, _, name in samples:
         target = label.to(device).long()
         prediction = segment(image.to(device), (label.shape[-2], label.shape[-1]))
-        assert prediction.confidence is not None, "measure needs confidences"
         confusion += confusion_matrix(prediction.classes, target, len(classes), ignore_index)
-        counts = boundary_counts(
-            target.cpu().numpy(),
-            prediction.classes.cpu().numpy(),
-            len(classes),
-            ignore_index,
-            boundary_distance(label.shape[-2], label.shape[-1], boundary_ratio),
-        )
-        boundary += torch.from_numpy(counts)
-        known = target != ignore_index
-        bins += confidence_bins(prediction.confidence[known], (prediction.classes == target)[known])
-    return Measures(
-        Scores(classes, all_reduce(confusion).cpu()),
-        all_reduce(boundary.to(device)).cpu(),
-        all_reduce(bins).cpu(),
-    )
+        predicted = prediction.classes.cpu()
+        if boundary_ratio is not None:
+            assert prediction.confidence is not None, "calibration needs confidences"
+            distance = boundary_distance(label.shape[-2], label.shape[-1], boundary_ratio)
+            counts = boundary_counts(label.numpy(), predicted.numpy(), len(classes), ignore_index, distance)
+            boundary += torch.from_numpy(counts).to(device)
+            known = target != ignore_index
+            bins += confidence_bins(prediction.confidence[known], (prediction.classes == target)[known])
+        if on_sample is not None:
+            on_sample(name, image, label, predicted)
+    scores = Scores(classes, all_reduce(confusion).cpu())
+    if boundary_ratio is None:
+        return scores
+    return replace(scores, boundary=all_reduce(boundary).cpu(), bins=all_reduce(bins).cpu())
 
 
 def boundary_distance(height: int, width: int, ratio: float = BOUNDARY_RATIO) -> int:

@@ -11,28 +11,28 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from protoseg.evaluation.scores import Measures, Scores
+from protoseg.evaluation.scores import Scores
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_text
 
 
 @dataclass(frozen=True)
 class RunScores:
-    """The measures of one trained model and what they were made with."""
+    """The scores of one trained model and what they were made with."""
 
     title: str
-    measures: Measures
+    scores: Scores
     facts: dict[str, Any]  # run, step, split, images, protocol
 
     def to_plain(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**self.measures.to_plain(), **self.facts}
+        return {**self.scores.to_plain(), **self.facts}
 
 
 def print_run(run: RunScores) -> None:
     """Per-class table, means, boundary IoU and calibration."""
-    print_scores(run.measures.scores, run.title)
-    plain = run.measures.to_plain()
+    print_scores(run.scores, run.title)
+    plain = run.scores.to_plain()
     error = "–" if plain["ECE"] is None else f"{plain['ECE']:.4f}"
     print(f"boundary mIoU {_percent(plain['boundary_mIoU'])}  expected calibration error {error}", flush=True)
 
@@ -62,7 +62,7 @@ def comparison(first: RunScores, second: RunScores) -> list[tuple[str, float | N
 
     Errors: UserError if they share no class.
     """
-    a, b = (run.measures.to_plain()["IoU"] for run in (first, second))
+    a, b = (run.scores.to_plain()["IoU"] for run in (first, second))
     if not a.keys() & b.keys():
         raise UserError(
             f"{first.facts['run']} and {second.facts['run']} have no class in common;"
@@ -85,20 +85,12 @@ def write_class_csv(path: Path, runs: list[RunScores]) -> None:
         for name, a, b in comparison(*runs):
             table.writerow((name, a, b, None if a is None or b is None else b - a))
     else:
-        plain, confusion = runs[0].to_plain(), runs[0].measures.scores.confusion
+        plain, confusion = runs[0].to_plain(), runs[0].scores.confusion
         table.writerow(("class", "IoU", "Acc", "boundary IoU", "labelled pixels", "predicted pixels"))
         for i, name in enumerate(plain["IoU"]):
             values = (plain[key][name] for key in ("IoU", "Acc", "boundary_IoU"))
             table.writerow((name, *values, int(confusion[i].sum()), int(confusion[:, i].sum())))
-    _writing(path, lambda: write_text(path, text.getvalue()))
-
-
-def _writing(path: Path, write: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write()
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error}); choose another place") from None
+    write_text(path, text.getvalue())
 
 
 def _console() -> Console:

@@ -1,6 +1,5 @@
 """Pictures: functions that take arrays and return images or figures."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from protoseg.core.losses import nearest_cells
+from protoseg.runtime.files import whole_file
 
 Palette = Sequence[tuple[int, int, int]]
 IGNORED_COLOUR = (255, 255, 255)
@@ -124,7 +124,6 @@ def plain_axes(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure under a temporary name, then rename; the suffix chooses the format."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format=path.suffix[1:])
-    os.replace(temporary, path)
+    """Write a figure; the suffix chooses the format."""
+    with whole_file(path) as part:
+        figure.savefig(part, format=path.suffix[1:])

@@ -1,6 +1,5 @@
 """Checkpoints: tensors and plain data only, written whole or not at all, read without executing anything."""
 
-import contextlib
 import os
 import pickle
 from collections.abc import Sequence
@@ -14,31 +13,15 @@ from protoseg.config import Config, config_from, to_plain
 from protoseg.models.build import build_model
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import whole_file
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename: a crash never leaves half a file under the real name.
-
-    Errors: UserError if it cannot be written; then the file of that name stays as it was.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        # torch reports a failed write as a RuntimeError of its own, on top of the OSError.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        raise UserError(
-            f"{path}: cannot be written ({reason.strerror or reason});"
-            " a file of that name, if there was one, is still whole"
-        ) from None
+    """Write to the disk itself: not even a power cut leaves half a file. Errors: see `whole_file`."""
+    with whole_file(path) as part, open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def segmenter_content(
@@ -83,7 +66,6 @@ def save_segmenter(
     step: int = 0,
 ) -> None:
     """Write a model, edited or not, as `load_segmenter` and the commands read it; see `segmenter_content`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, segmenter_content(model, config, classes, palette, step))
 
 

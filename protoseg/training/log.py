@@ -95,7 +95,6 @@ class RunLog:
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """A picture into the run folder and to TensorBoard (no pyplot: the backend stays the user's)."""
         path = self.folder / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
         save_figure(figure, path)
         with Image.open(path) as picture:
             self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
@@ -153,7 +152,6 @@ def write_projector(folder: Path, rows: Sequence[tuple[NDArray, str, int, str]])
 
     SummaryWriter.add_embedding would keep those of every evaluation: gigabytes of text with many classes.
     """
-    (folder / "prototypes").mkdir(parents=True, exist_ok=True)
     vectors = ["\t".join(f"{x:.5g}" for x in vector) for vector, *_ in rows]
     about = ["class\tprototype\tshare", *("\t".join(map(str, row[1:])) for row in rows)]
     write_text(folder / "prototypes/tensors.tsv", "\n".join(vectors) + "\n")

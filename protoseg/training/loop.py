@@ -170,7 +170,7 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
     run.model.eval()
     pictures = run.config.eval.samples if log else 0
 
-    def on_sample(index: int, name: str, *sample: torch.Tensor) -> None:
+    def on_sample(name: str, *sample: torch.Tensor) -> None:
         nonlocal pictures
         if log and pictures:
             pictures -= 1
@@ -182,12 +182,12 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
 
     with autocast(run.config, run.device):
         scores = evaluate(
-            lambda image, size: segment(run.model, image, size).classes,
+            lambda image, size: segment(run.model, image, size),
             val_loader,
             run.classes,
             run.model.ignore_index,
             run.device,
-            on_sample,
+            on_sample=on_sample,
         )
     run.model.train()
     values = {name: value for name, value in scores.to_plain().items() if name != "Acc"}

@@ -16,12 +16,12 @@ from torchmetrics.classification import MulticlassCalibrationError, MulticlassJa
 from protoseg.commands.cli import execute as command
 from protoseg.evaluation.inference import Prediction, segment
 from protoseg.evaluation.scores import (
+    BOUNDARY_RATIO,
     boundary_counts,
     boundary_distance,
     boundary_region,
     confidence_bins,
     evaluate,
-    measure,
 )
 
 NAMES = tuple(f"class{i}" for i in range(7))
@@ -44,7 +44,7 @@ def maps(seed: int, count: int = 4, side: int = 24) -> Iterator[tuple[Tensor, Te
 @pytest.mark.parametrize("seed", range(3))
 def test_miou_is_that_of_torchmetrics(seed: int) -> None:
     pairs = list(maps(seed))
-    predictions = iter([prediction for _, prediction in pairs])
+    predictions = iter([Prediction(prediction, None, None) for _, prediction in pairs])
     samples = [(torch.zeros(3, 4, 4), label, i, "") for i, (label, _) in enumerate(pairs)]
     scores = evaluate(lambda image, size: next(predictions), samples, NAMES, 255, CPU)
     for average, got in (("macro", torch.tensor(scores.miou)), ("none", scores.iou.nan_to_num(0))):
@@ -109,20 +109,26 @@ def test_confidence_of_one_falls_into_the_last_bin() -> None:
     assert bins[0].nonzero().flatten().tolist() == [0, 7, 14]
 
 
-def test_measure_agrees_with_evaluate() -> None:
+def test_all_scores_in_one_loop() -> None:
     pairs = list(maps(3))
-    samples = [(torch.zeros(3, 4, 4), label, i, "") for i, (label, _) in enumerate(pairs)]
-    first, second = (iter([prediction for _, prediction in pairs]) for _ in range(2))
-    plain = evaluate(lambda image, size: next(first), samples, NAMES, 255, CPU)
-
-    def sure(image: Tensor, size: tuple[int, int]) -> Prediction:
-        return Prediction(next(second), torch.full(size, 0.5), None)
-
-    measures = measure(sure, samples, NAMES, 255, CPU)
-    assert torch.equal(measures.scores.confusion, plain.confusion)
+    samples = [(torch.zeros(3, 4, 4), label, i, str(i)) for i, (label, _) in enumerate(pairs)]
+    sure = iter([Prediction(each, torch.full(each.shape, 0.5), None) for _, each in pairs])
+    seen: list[str] = []
+    scores = evaluate(
+        lambda image, size: next(sure), samples, NAMES, 255, CPU,
+        boundary_ratio=0.02, on_sample=lambda name, *tensors: seen.append(name),
+    )  # fmt: skip
+    assert seen == ["0", "1", "2", "3"]
     # Every pixel is in one bin: the error is the distance of the accuracy from 0.5.
-    assert measures.calibration_error == pytest.approx(abs(plain.pixel_accuracy - 0.5), abs=1e-6)
-    assert measures.bins[0].sum() == sum((label != 255).sum() for label, _ in pairs)
+    assert scores.calibration_error == pytest.approx(abs(scores.pixel_accuracy - 0.5), abs=1e-6)
+    assert scores.bins is not None
+    assert scores.bins[0].sum() == sum((label != 255).sum() for label, _ in pairs)
+    counts = sum(boundary_counts(a.numpy(), b.numpy(), len(NAMES), 255, 1) for a, b in pairs)
+    assert scores.boundary is not None
+    assert scores.boundary.tolist() == counts.tolist()
+    assert scores.boundary_iou[0] == pytest.approx(
+        counts[2, 0] / (counts[0, 0] + counts[1, 0] - counts[2, 0])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +152,12 @@ def test_one_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     model, _, _ = load_segmenter(folder / "a")
     data = build_dataset("folder", root=folder / "data", split="val", classes=CLASSES)
     samples = [(*data.read(i), i, "") for i in range(len(data))]
-    expected = measure(
-        lambda image, size: segment(model, image, size, confidence=True), samples, data.classes, 255, CPU
-    )
+    expected = evaluate(
+        lambda image, size: segment(model, image, size, confidence=True), samples, data.classes, 255, CPU,
+        boundary_ratio=BOUNDARY_RATIO,
+    )  # fmt: skip
     scores = json.loads(files[0].read_text())
-    assert scores["mIoU"] == pytest.approx(expected.scores.miou)
+    assert scores["mIoU"] == pytest.approx(expected.miou)
     assert scores["boundary_mIoU"] == pytest.approx(expected.boundary_iou.nanmean().item())
     assert scores["ECE"] == pytest.approx(expected.calibration_error)
     assert scores["images"] == 3
@@ -159,7 +166,7 @@ def test_one_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for row in rows:
         given = float(row["IoU"]) if row["IoU"] else None
         assert given == pytest.approx(scores["IoU"][row["class"]])
-    assert sum(int(row["labelled pixels"]) for row in rows) == expected.scores.confusion.sum()
+    assert sum(int(row["labelled pixels"]) for row in rows) == expected.confusion.sum()
     for name in ("confusion.png", "reliability.png"):
         assert (tmp_path / "figures" / name).stat().st_size > 1000
 

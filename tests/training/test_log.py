@@ -13,8 +13,6 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.figures.prototype_figures import cosine_figure
-from protoseg.runtime.errors import UserError
-from protoseg.runtime.files import make_folder
 from protoseg.training.log import RunLog, environment
 
 CLASSES = ("road", "traffic light", "unseen")
@@ -66,13 +64,6 @@ def test_prototypes_that_are_all_the_same_can_be_drawn(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.prototypes(PrototypeHead(4, 3, 2), CLASSES, PALETTE, step=1)
     assert not (tmp_path / "tensorboard/prototypes").exists(), "nothing to show before the first step"
-
-
-def test_a_file_in_the_folders_place_is_one_line(tmp_path: Path) -> None:
-    make_folder(tmp_path / "a/b")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file: no folder can be made there \(File exists\); choose another"):
-        make_folder(tmp_path / "file")
 
 
 def test_results_are_written_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:

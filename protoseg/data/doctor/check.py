@@ -28,6 +28,7 @@ from protoseg.data.reading.decode import read_image, read_label_ids
 from protoseg.data.reading.label_ids import LabelIds, LabelMap
 from protoseg.data.reading.pairing import Pairing, pair_files, read_excluded
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import write_text
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _without_root(error: UserError, root: Path) -> str:
 def write_bad_files(report: Report, path: str | Path) -> None:
     """Writes the files with errors, one per line, in the form that `data.exclude` reads."""
     lines = [f"# files with errors in {report.dataset} at {report.root}, relative to it", *report.bad_files]
-    Path(path).write_text("\n".join(lines) + "\n")
+    write_text(Path(path), "\n".join(lines) + "\n")
 
 
 def print_report(report: Report, console: Console | None = None) -> None:

@@ -3,7 +3,6 @@
 The others are read as they are released (.mat files, colour codes, ids); see DATASETS.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from protoseg.data.file_dataset import check_sizes
 from protoseg.data.reading.decode import read_ade20k_ids, read_image
 from protoseg.data.reading.label_ids import LabelIds
 from protoseg.data.reading.pairing import check_pairing, pair_files
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import whole_file
 
 SHORTER_SIDE = 512
 RAW, CONVERTED = "ade20k_full_847", "ade20k_full_847_tif"
@@ -72,10 +71,5 @@ def _convert(ids: LabelIds, image_file: Path, label_file: Path, new_image: Path,
 
 
 def _write(image: Image.Image, path: Path, **options: int) -> None:
-    """Under another name first: a file with its own name is always whole."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as part:
         image.save(part, format="TIFF" if path.suffix == ".tif" else "JPEG", **options)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror or error})") from None
