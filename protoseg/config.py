@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.shipped import find_config
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -209,11 +210,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `key.sub=value` overrides (values are YAML).
+    """Read a YAML file, or a shipped one by name, and apply `key.sub=value` overrides (values are YAML).
 
     Errors: UserError naming the file or override, the key, and the nearest valid key or the allowed values.
     """
-    path = Path(path)
+    path = find_config(path)
     try:
         text = path.read_text()
     except OSError as error:

@@ -17,7 +17,7 @@ HOUSE = {
         "health editing contrast_sampling",
         "prototypes contrast",
     ],
-    "runtime": ["errors signals", "distributed files console"],
+    "runtime": ["errors signals", "distributed files console shipped"],
     "config": [],
     "data": [
         "reading.label_ids reading.decode classes.published classes.ade20k_full classes.palette",
@@ -41,7 +41,7 @@ HOUSE = {
     "commands": [
         "arguments video sweep_tables",
         "prediction_files",
-        "train evaluate predict vis_prototypes sweep check_data import_weights",
+        "train evaluate predict vis_prototypes sweep check_data import_weights configs",
         "cli",
     ],
 }

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 # GNU OpenMP's threads spin while they wait for each other, by default so long that one busy process beside a
 # training on all cores slows it down twentyfold. Read when torch is imported.
@@ -25,6 +26,7 @@ VERBS = {
     "sweep": "train many variants of a config and compare them",
     "check_data": "find what is wrong with a dataset before training on it",
     "import_weights": "make a checkpoint of ours from another program's",
+    "configs": "list the configs that come with the package",
 }
 
 
@@ -56,6 +58,7 @@ def execute(verb: str, arguments: Sequence[str] | None = None) -> int:
 def main() -> int:
     """The `protoseg` console command."""
     parser = argparse.ArgumentParser(prog="protoseg", description="Prototype-based semantic segmentation.")
+    parser.add_argument("--version", action="version", version=f"protoseg {version('protoseg')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, what in VERBS.items():
         verbs.add_parser(name, help=what, add_help=False)

@@ -26,6 +26,7 @@ from protoseg.config import differing_keys, load_config, to_plain
 from protoseg.figures.pictures import save_figure
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import make_folder, write_text
+from protoseg.runtime.shipped import find_config
 from protoseg.runtime.signals import Interrupted, StopSignals
 from protoseg.training.log import read_metrics
 from protoseg.training.resume import OPERATIONAL
@@ -127,6 +128,7 @@ def load_sweep(path: Path, vary: Sequence[str], seeds: int | None) -> Sweep:
     `overrides` for all rows, and `seeds`. Errors: UserError naming the file and key; every row's
     configuration is checked at once.
     """
+    path = find_config(path)
     content = _read_yaml(path)
     rows: list[Row] = []
     grid: dict[str, list[str]] = {}
