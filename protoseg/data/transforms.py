@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from protoseg.core.losses import nearest_cells
 
-MEAN_COLOUR = (124, 116, 104)  # of ImageNet: about zero after normalisation, so padding looks like nothing
 CROP_TRIES = 10
 SAMPLES = 64  # along each side, where a share or a mean is estimated
 STRIP = 1 << 15  # pixels changed at a time: their float copies stay in the cache
@@ -21,7 +20,8 @@ class TrainTransform:
     """Random scale, crop, flip and photometric distortion (method.md section 4, "Augmentation").
 
     image (3, H, W) uint8 and label (H, W) → image (3, *crop) uint8 and label (*crop) of the dtype it came in.
-    A scaled image smaller than the crop is padded at the right and bottom, the label with `ignore_index`.
+    A scaled image smaller than the crop is padded at the right and bottom, the image with the colour `fill`,
+    the label with `ignore_index`.
     Each step can be switched off: scale=(1, 1), cat_max_ratio=1, flip=0, photometric=False.
 
     cat_max_ratio: no class may cover a larger share of the crop's labelled pixels, estimated from a grid of
@@ -37,6 +37,7 @@ class TrainTransform:
         cat_max_ratio: float = 0.75,
         flip: float = 0.5,
         photometric: bool = True,
+        fill: tuple[int, ...] = (0, 0, 0),
     ) -> None:
         self.crop = crop
         self.ignore_index = ignore_index
@@ -44,6 +45,7 @@ class TrainTransform:
         self.cat_max_ratio = cat_max_ratio
         self.flip = flip
         self.photometric = photometric
+        self.fill = torch.tensor(fill, dtype=torch.uint8)
 
     def __call__(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self.scale
@@ -84,7 +86,7 @@ class TrainTransform:
         if label.shape == self.crop:
             return image, label
         rows, columns = label.shape
-        canvas = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, *self.crop)
+        canvas = self.fill[:, None, None].repeat(1, *self.crop)
         canvas[:, :rows, :columns] = image
         padded = torch.full(self.crop, self.ignore_index, dtype=label.dtype)
         padded[:rows, :columns] = label

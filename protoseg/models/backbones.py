@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,7 +25,8 @@ from protoseg.runtime.errors import UserError
 class Backbone(nn.Module):
     """The contract, and the part of gradient checkpointing that is the same for every network.
 
-    `net` has `channels`, `strides`, a `grad_checkpointing` flag and returns the list of maps.
+    `net` has `channels`, `strides`, a `grad_checkpointing` flag and returns the list of maps. `mean` and
+    `std` of RGB values 0…1 are what its weights were trained with: ImageNet's, or what timm says.
     """
 
     def __init__(self, net: Any) -> None:
@@ -32,6 +34,9 @@ class Backbone(nn.Module):
         self.net = net
         self.channels: list[int] = net.channels
         self.strides: list[int] = net.strides
+        trained = getattr(net, "pretrained_cfg", {})
+        self.mean: tuple[float, ...] = tuple(trained.get("mean", IMAGENET_DEFAULT_MEAN))
+        self.std: tuple[float, ...] = tuple(trained.get("std", IMAGENET_DEFAULT_STD))
         self.grad_checkpointing = False
         self.momenta: dict[str, float | None] = {}
 

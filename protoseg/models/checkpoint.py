@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from protoseg.config import Config, config_from, to_plain
@@ -89,6 +90,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or not {"config", "model", "classes"} <= content.keys():
         raise UserError(f"{path}: not a protoseg checkpoint (no config, model and classes in it)")
+    # Until models brought their own, all got ImageNet's.
+    for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        content["model"].setdefault(name, 255 * torch.tensor(values).view(1, 3, 1, 1))
     return content
 
 

@@ -19,9 +19,6 @@ from protoseg.core.prototypes import PrototypeHead, TrainingOutput
 from protoseg.models.backbones import Backbone
 from protoseg.models.maps import concatenate
 
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # of RGB values 0…255
-IMAGENET_STD = (58.395, 57.12, 57.375)
-
 
 class LossScales(NamedTuple):
     """W / global count, at label and at embedding resolution: what turns local sums into the loss."""
@@ -94,13 +91,22 @@ class Segmenter(nn.Module):
         self.loss_weights = {"ce": 1.0, "ppc": ppc_weight, "ppd": ppd_weight, "auxiliary": auxiliary_weight}
         weights = torch.tensor(class_weights) if class_weights else None
         self.register_buffer("class_weights", weights, persistent=False)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", backbone.mean), ("std", backbone.std)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1))
 
     @property
     def prototypes(self) -> PrototypeHead | None:
         """The prototype head, if that is the classifier."""
         return self.classifier if isinstance(self.classifier, PrototypeHead) else None
+
+    def extra_repr(self) -> str:
+        mean, std = (", ".join(f"{x:g}" for x in each.flatten().tolist()) for each in (self.mean, self.std))
+        return f"mean of R, G, B: {mean}; standard deviation: {std}; stride {self.stride}"
+
+    @property
+    def mean_colour(self) -> tuple[int, ...]:
+        """What padding is filled with: about zero after normalisation, so that it looks like nothing."""
+        return tuple(self.mean.flatten().round().int().tolist())
 
     @property
     def num_parameters(self) -> int:

@@ -49,6 +49,7 @@ class TimmFeatures(nn.Module):
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self.channels = list(net.feature_info.channels())
         self.net = net
+        self.pretrained_cfg: dict[str, Any] = net.pretrained_cfg
         self.strides = [strides[i] for i in taps]
         self.pyramid = PlainPyramid(self.channels) if plain else None
         self.cell = self.find_cell(name, any_size=bool(any_size))
@@ -61,7 +62,7 @@ class TimmFeatures(nn.Module):
         The latter for networks whose maps must be whole windows. One of fixed size is found out now, not in
         training; without a setting for any size it must take more than it was trained with, too.
         """
-        config = self.net.pretrained_cfg
+        config = self.pretrained_cfg
         stride = max(self.strides)
         trained = -(-config["input_size"][-1] // stride) * stride
         problem = self.problem_at(stride)

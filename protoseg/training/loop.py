@@ -96,6 +96,7 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
             flip=d.flip,
             photometric=d.photometric,
             ignore_index=train_set.ignore_index,
+            fill=run.model.mean_colour,
         ),
         batch_size=d.batch_size,
         iterations=config.train.iterations,

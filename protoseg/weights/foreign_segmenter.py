@@ -5,19 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.core.similarity import unit
 from protoseg.models.decode_heads import HEADS
 from protoseg.models.hrnet import HRNet
 from protoseg.runtime.errors import UserError
-from protoseg.weights.foreign_backbone import IMAGENET, NO_PLACE, Report, best, fit, norm_epsilon
+from protoseg.weights.foreign_backbone import (
+    NO_PLACE,
+    ImportReport,
+    copy_pieces,
+    finish_mit,
+    likeliest_translation,
+)
 from protoseg.weights.foreign_files import read_state
 from protoseg.weights.head_names import HEAD_FORMATS
 from protoseg.weights.names import translate
 
 
-def load_segmenter_weights(model: Any, name: str, path: str) -> Report:
+def load_segmenter_weights(model: Any, name: str, path: str) -> ImportReport:
     """Load a whole segmenter of another program into a Segmenter, in place.
 
     model has `backbone` (built as `name`), `decode_head` and `classifier`: a 1×1 convolution, or for ProtoSeg
@@ -25,15 +32,16 @@ def load_segmenter_weights(model: Any, name: str, path: str) -> Report:
     Errors: as load_backbone_weights.
     """
     state = read_state(Path(path))
-    pieces, program = best(model.backbone, name, state, "backbone.")
+    pieces, program = likeliest_translation(model.backbone, name, state, "backbone.")
     known = model.state_dict().keys()
     heads = {
         head: max((translate(f.rules, state) for f in formats), key=lambda found: len(found.keys() & known))
         for head, formats in HEAD_FORMATS.items()
     }
     ours = type(model.decode_head).__name__
-    report = fit(model, pieces | heads[ours], state, path, program)
-    report.notes += norm_epsilon(model.backbone, program)
+    report = copy_pieces(model, pieces | heads[ours], state, path, program)
+    report.missing = [name for name in report.missing if name not in ("mean", "std")]  # the backbone's
+    report.notes += finish_mit(model.backbone, program)
     if not any(name.startswith("decode_head.") for name in report.matched):
         fitting = max(heads, key=lambda head: len(heads[head]))
         needed = next(name for name, head in HEADS.items() if head.__name__ == fitting)
@@ -59,10 +67,12 @@ def take_prototypes(head: PrototypeHead) -> list[str]:
 
 
 # The model predicts the same without them.
-OPTIONAL = re.compile(r"decode_head\.auxiliary\..+|classifier\.((nearest_)?usage|idle|movement|initialized)")
+OPTIONAL = re.compile(
+    r"mean|std|decode_head\.auxiliary\..+|classifier\.((nearest_)?usage|idle|movement|initialized)"
+)
 
 
-def require_complete(report: Report) -> None:
+def require_complete(report: ImportReport) -> None:
     """Errors: UserError naming the first tensor that only the file or only the model has, if it matters."""
     problems = [f"{name} is not in the file" for name in report.missing if not OPTIONAL.fullmatch(name)]
     problems += [f"{name}: {why}" for name, why in report.unexpected.items() if why.endswith(NO_PLACE)]
@@ -82,7 +92,8 @@ def take_bgr_(net: HRNet) -> None:
     of its output that see padding.
     """
     conv, norm = net.net.conv1, net.net.bn1
-    mean, std = (torch.tensor(numbers)[None, :, None, None] for numbers in IMAGENET)
+    numbers = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std = (torch.tensor(each)[None, :, None, None] for each in numbers)
     theirs = conv.weight.data.flip(1)  # what they apply to R, G, B in this order
     shift = (theirs * (mean - mean.flip(1)) / std.flip(1)).sum((1, 2, 3))
     conv.weight.data.copy_(theirs * std / std.flip(1))

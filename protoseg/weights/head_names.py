@@ -1,4 +1,4 @@
-"""What other programs call the tensors of whole segmenters' heads; see weight_names.py for the notation."""
+"""What other programs call the tensors of whole segmenters' heads; see names.py for the notation."""
 
 import re
 from collections.abc import Mapping
@@ -6,22 +6,19 @@ from collections.abc import Mapping
 from protoseg.weights.names import Format, Rules
 
 
-def mmseg_rules(parts: Mapping[str, str]) -> Rules:
+def mmseg_format(convs: Mapping[str, str], others: Rules = (), auxiliary: bool = False) -> Format:
     """Names of ConvModule: `.conv` and `.bn` are the first and second entry of our conv_norm."""
-    rules = [(r"decode_head\.(?:1\.)?conv_seg\.(.+)", r"classifier.\1")]
-    for theirs, ours in parts.items():
-        rules += [(rf"{theirs}\.conv\.(\w+)", rf"{ours}.0.\g<{groups(theirs)}>")]
-        rules += [(rf"{theirs}\.bn\.(\w+)", rf"{ours}.1.\g<{groups(theirs)}>")]
-    return tuple(rules)
+    rules = [*others, (r"decode_head\.(?:1\.)?conv_seg\.(.+)", r"classifier.\1")]
+    if auxiliary:
+        convs = {**convs, r"auxiliary_head\.convs\.0": "decode_head.auxiliary.conv"}
+        rules += [(r"auxiliary_head\.conv_seg\.(.+)", r"decode_head.auxiliary.classifier.\1")]
+    for theirs, ours in convs.items():
+        last = re.compile(theirs).groups + 1  # the number of the group that follows
+        rules += [(rf"{theirs}\.conv\.(\w+)", rf"{ours}.0.\g<{last}>")]
+        rules += [(rf"{theirs}\.bn\.(\w+)", rf"{ours}.1.\g<{last}>")]
+    return Format("mmsegmentation", tuple(rules))
 
 
-def groups(pattern: str) -> int:
-    """The number of the group that follows `pattern`."""
-    return re.compile(pattern).groups + 1
-
-
-AUXILIARY = {r"auxiliary_head\.convs\.0": "decode_head.auxiliary.conv"}
-AUXILIARY_CLASSIFIER = (r"auxiliary_head\.conv_seg\.(.+)", r"decode_head.auxiliary.classifier.\1")
 OCR_BLOCK = r"decode_head\.1\.object_context_block"
 HEAD_FORMATS: dict[str, tuple[Format, ...]] = {
     "MLPHead": (
@@ -45,65 +42,45 @@ HEAD_FORMATS: dict[str, tuple[Format, ...]] = {
         ),
     ),
     "BranchMLPHead": (
-        Format(
-            "mmsegmentation",
-            mmseg_rules(
-                {
-                    r"decode_head\.convs\.(\d)": r"decode_head.branches.\1",
-                    r"decode_head\.fusion_conv": "decode_head.fuse",
-                }
-            ),
+        mmseg_format(
+            {
+                r"decode_head\.convs\.(\d)": r"decode_head.branches.\1",
+                r"decode_head\.fusion_conv": "decode_head.fuse",
+            }
         ),
     ),
     "FCNHead": (
-        Format(
-            "mmsegmentation",
-            (
-                *mmseg_rules(
-                    {
-                        r"decode_head\.convs\.(\d)": r"decode_head.convs.\1",
-                        r"decode_head\.conv_cat": "decode_head.fuse",
-                        **AUXILIARY,
-                    }
-                ),
-                AUXILIARY_CLASSIFIER,
-            ),
+        mmseg_format(
+            {
+                r"decode_head\.convs\.(\d)": r"decode_head.convs.\1",
+                r"decode_head\.conv_cat": "decode_head.fuse",
+            },
+            auxiliary=True,
         ),
     ),
-    "HRNetHead": (Format("mmsegmentation", mmseg_rules({r"decode_head\.convs\.0": "decode_head.fuse"})),),
+    "HRNetHead": (mmseg_format({r"decode_head\.convs\.0": "decode_head.fuse"}),),
     "ASPPHead": (
-        Format(
-            "mmsegmentation",
-            (
-                *mmseg_rules(
-                    {
-                        r"decode_head\.image_pool\.1": "decode_head.image_mean",
-                        r"decode_head\.aspp_modules\.(\d)": r"decode_head.branches.\1",
-                        r"decode_head\.bottleneck": "decode_head.fuse",
-                        **AUXILIARY,
-                    }
-                ),
-                AUXILIARY_CLASSIFIER,
-            ),
+        mmseg_format(
+            {
+                r"decode_head\.image_pool\.1": "decode_head.image_mean",
+                r"decode_head\.aspp_modules\.(\d)": r"decode_head.branches.\1",
+                r"decode_head\.bottleneck": "decode_head.fuse",
+            },
+            auxiliary=True,
         ),
     ),
     "OCRHead": (
-        Format(
-            "mmsegmentation",
-            (
-                (r"decode_head\.0\.conv_seg\.(.+)", r"decode_head.coarse.classifier.\1"),
-                *mmseg_rules(
-                    {
-                        r"decode_head\.0\.convs\.0": "decode_head.coarse.conv",
-                        r"decode_head\.1\.bottleneck": "decode_head.pixels",
-                        rf"{OCR_BLOCK}\.query_project\.(\d)": r"decode_head.query.\1",
-                        rf"{OCR_BLOCK}\.key_project\.(\d)": r"decode_head.key.\1",
-                        rf"{OCR_BLOCK}\.value_project": "decode_head.value",
-                        rf"{OCR_BLOCK}\.out_project": "decode_head.context",
-                        rf"{OCR_BLOCK}\.bottleneck": "decode_head.fuse",
-                    }
-                ),
-            ),
+        mmseg_format(
+            {
+                r"decode_head\.0\.convs\.0": "decode_head.coarse.conv",
+                r"decode_head\.1\.bottleneck": "decode_head.pixels",
+                rf"{OCR_BLOCK}\.query_project\.(\d)": r"decode_head.query.\1",
+                rf"{OCR_BLOCK}\.key_project\.(\d)": r"decode_head.key.\1",
+                rf"{OCR_BLOCK}\.value_project": "decode_head.value",
+                rf"{OCR_BLOCK}\.out_project": "decode_head.context",
+                rf"{OCR_BLOCK}\.bottleneck": "decode_head.fuse",
+            },
+            ((r"decode_head\.0\.conv_seg\.(.+)", r"decode_head.coarse.classifier.\1"),),
         ),
     ),
     # The released HRNet-W48, without its `module.` prefix; its classifier is the `official` preset's.

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Rules = tuple[tuple[str, str], ...]
@@ -22,25 +21,28 @@ class Format(NamedTuple):
 
     program: str
     rules: Rules  # the whole source name → the name inside Backbone (or Segmenter, for heads)
-    norm_eps: tuple[float, float] | None = (
-        None  # LayerNorm's in MiT's embeddings and reductions, and elsewhere
-    )
+    norm_eps: tuple[float, float] | None = None  # MiT's LayerNorm: embeddings and reductions, elsewhere
 
 
-def mit_rules(
-    shift: str, embed: str, embed_norm: str, block: str, norm: str, parts: Mapping[str, str]
-) -> Rules:
-    """Group 1 of each pattern is the stage, counted from 1 if `shift` is -1; group 2 of `block` the block."""
+# What a MiT block consists of here, and in the same order in each program.
+MIT_PARTS = "norm1 norm2 attn.q attn.kv attn.proj attn.reduce attn.reduce_norm ffn.fc1 ffn.depthwise ffn.fc2"
+
+
+def mit_rules(shift: str, embed: str, embed_norm: str, norm: str, block: str, parts: str) -> Rules:
+    """Group 1 of each pattern is the stage, counted from 1 if `shift` is -1; group 2 of `block` the block.
+
+    parts: the program's names of MIT_PARTS; those that it keeps in several tensors are joined by commas.
+    """
     stage = rf"net.stages.<\1{shift}>" if shift else r"net.stages.\1"
-    return (
-        (rf"{embed}\.(\w+)", rf"{stage}.embed.\2"),
-        (rf"{embed_norm}\.(\w+)", rf"{stage}.embed_norm.\2"),
-        (rf"{norm}\.(\w+)", rf"{stage}.norm.\2"),
-        *(
-            (rf"{block}\.{theirs}[._](weight|bias)", rf"{stage}.blocks.\2.{ours}.\3")
-            for theirs, ours in parts.items()
-        ),
-    )
+    rules = [(rf"{embed}\.(\w+)", rf"{stage}.embed.\2"), (rf"{embed_norm}\.(\w+)", rf"{stage}.embed_norm.\2")]
+    rules += [(rf"{norm}\.(\w+)", rf"{stage}.norm.\2")]
+    for ours, theirs in zip(MIT_PARTS.split(), parts.split()):
+        pieces = theirs.split(",")
+        for i, piece in enumerate(pieces):
+            part = "attn.q+kv" if "in_proj" in piece else ours + (f"#{i}" if len(pieces) > 1 else "")
+            name = re.escape(piece)
+            rules += [(rf"{block}\.{name}[._](weight|bias)", rf"{stage}.blocks.\2.{part}.\3")]
+    return tuple(rules)
 
 
 MIT_FORMATS = (
@@ -50,20 +52,9 @@ MIT_FORMATS = (
             "-1",
             r"patch_embed(\d)\.proj",
             r"patch_embed(\d)\.norm",
-            r"block(\d)\.(\d+)",
             r"norm(\d)",
-            {
-                "norm1": "norm1",
-                "norm2": "norm2",
-                r"attn\.q": "attn.q",
-                r"attn\.kv": "attn.kv",
-                r"attn\.proj": "attn.proj",
-                r"attn\.sr": "attn.reduce",
-                r"attn\.norm": "attn.reduce_norm",
-                r"mlp\.fc1": "ffn.fc1",
-                r"mlp\.dwconv\.dwconv": "ffn.depthwise",
-                r"mlp\.fc2": "ffn.fc2",
-            },
+            r"block(\d)\.(\d+)",
+            "norm1 norm2 attn.q attn.kv attn.proj attn.sr attn.norm mlp.fc1 mlp.dwconv.dwconv mlp.fc2",
         ),
         (1e-5, 1e-6),
     ),
@@ -73,21 +64,11 @@ MIT_FORMATS = (
             "",
             r"encoder\.patch_embeddings\.(\d)\.proj",
             r"encoder\.patch_embeddings\.(\d)\.layer_norm",
-            r"encoder\.block\.(\d)\.(\d+)",
             r"encoder\.layer_norm\.(\d)",
-            {
-                "layer_norm_1": "norm1",
-                "layer_norm_2": "norm2",
-                r"attention\.self\.query": "attn.q",
-                r"attention\.self\.key": "attn.kv#0",
-                r"attention\.self\.value": "attn.kv#1",
-                r"attention\.output\.dense": "attn.proj",
-                r"attention\.self\.sr": "attn.reduce",
-                r"attention\.self\.layer_norm": "attn.reduce_norm",
-                r"mlp\.dense1": "ffn.fc1",
-                r"mlp\.dwconv\.dwconv": "ffn.depthwise",
-                r"mlp\.dense2": "ffn.fc2",
-            },
+            r"encoder\.block\.(\d)\.(\d+)",
+            "layer_norm_1 layer_norm_2 attention.self.query attention.self.key,attention.self.value "
+            "attention.output.dense attention.self.sr attention.self.layer_norm "
+            "mlp.dense1 mlp.dwconv.dwconv mlp.dense2",
         ),
         (1e-5, 1e-5),
     ),
@@ -97,21 +78,11 @@ MIT_FORMATS = (
             "",
             r"stages\.(\d)\.patch_embeddings\.proj",
             r"stages\.(\d)\.patch_embeddings\.layer_norm",
-            r"stages\.(\d)\.blocks\.(\d+)",
             r"stages\.(\d)\.layer_norm",
-            {
-                "layernorm_before": "norm1",
-                "layernorm_after": "norm2",
-                r"attention\.q_proj": "attn.q",
-                r"attention\.k_proj": "attn.kv#0",
-                r"attention\.v_proj": "attn.kv#1",
-                r"attention\.o_proj": "attn.proj",
-                r"attention\.sequence_reduction\.sequence_reduction": "attn.reduce",
-                r"attention\.sequence_reduction\.layer_norm": "attn.reduce_norm",
-                r"mlp\.fc1": "ffn.fc1",
-                r"mlp\.dwconv\.dwconv": "ffn.depthwise",
-                r"mlp\.fc2": "ffn.fc2",
-            },
+            r"stages\.(\d)\.blocks\.(\d+)",
+            "layernorm_before layernorm_after attention.q_proj attention.k_proj,attention.v_proj "
+            "attention.o_proj attention.sequence_reduction.sequence_reduction "
+            "attention.sequence_reduction.layer_norm mlp.fc1 mlp.dwconv.dwconv mlp.fc2",
         ),
         (1e-5, 1e-5),
     ),
@@ -121,19 +92,10 @@ MIT_FORMATS = (
             "",
             r"layers\.(\d)\.0\.projection",
             r"layers\.(\d)\.0\.norm",
-            r"layers\.(\d)\.1\.(\d+)",
             r"layers\.(\d)\.2",
-            {
-                "norm1": "norm1",
-                "norm2": "norm2",
-                r"attn\.attn\.in_proj": "attn.q+kv",
-                r"attn\.attn\.out_proj": "attn.proj",
-                r"attn\.sr": "attn.reduce",
-                r"attn\.norm": "attn.reduce_norm",
-                r"ffn\.layers\.0": "ffn.fc1",
-                r"ffn\.layers\.1": "ffn.depthwise",
-                r"ffn\.layers\.4": "ffn.fc2",
-            },
+            r"layers\.(\d)\.1\.(\d+)",
+            "norm1 norm2 - attn.attn.in_proj attn.attn.out_proj attn.sr attn.norm "  # q and kv are one tensor
+            "ffn.layers.0 ffn.layers.1 ffn.layers.4",
         ),
         (1e-6, 1e-6),
     ),
@@ -171,26 +133,17 @@ HRNET_FORMATS = (
         ((r"((?:conv|bn)[12]\..+|(?:layer|transition|stage)\d\..+)", r"net.net.\1"),),
     ),
 )
-SWIN_TABLE = (
-    r"layers\.(\d\.blocks\.\d+)\.attn\.relative_position_bias_table",
-    r"net.net.layers.\1.attn.relative_position_bias_table",
+SWIN_SHARED: Rules = (
+    (r"(patch_embed\.(?:proj|norm)\..+)", r"net.net.\1"),
+    (r"(layers\.\d\.blocks\.\d+\.attn\.relative_position_bias_table)", r"net.net.\1"),
+    (r"(layers\.\d\.blocks\.\d+\.(?:norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.\w+)", r"net.net.\1"),
 )
 SWIN_FORMATS = (
-    Format(
-        "timm",
-        (
-            (r"(patch_embed\.(?:proj|norm)\..+)", r"net.net.\1"),
-            SWIN_TABLE,
-            (r"(layers\.\d\.blocks\.\d+\.(?:norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.\w+)", r"net.net.\1"),
-            (r"(layers\.\d\.downsample\..+)", r"net.net.\1"),
-        ),
-    ),
+    Format("timm", (*SWIN_SHARED, (r"(layers\.\d\.downsample\..+)", r"net.net.\1"))),
     Format(
         "the original release",
         (
-            (r"(patch_embed\.(?:proj|norm)\..+)", r"net.net.\1"),
-            SWIN_TABLE,
-            (r"(layers\.\d\.blocks\.\d+\.(?:norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.\w+)", r"net.net.\1"),
+            *SWIN_SHARED,
             (r"layers\.(\d)\.downsample\.(.+)", r"net.net.layers.<\1+1>.downsample.\2"),
             (r"norm(\d)\.(.+)", r"net.norms.\1.\2"),
         ),
@@ -201,10 +154,7 @@ SWIN_FORMATS = (
             (r"patch_embed\.projection\.(.+)", r"net.net.patch_embed.proj.\1"),
             (r"(patch_embed\.norm\..+)", r"net.net.\1"),
             (r"stages\.(\d\.blocks\.\d+\.norm[12]\.\w+)", r"net.net.layers.\1"),
-            (
-                r"stages\.(\d\.blocks\.\d+\.attn)\.w_msa\.((?:qkv|proj)\.\w+|relative_position_bias_table)",
-                r"net.net.layers.\1.\2",
-            ),
+            (r"stages\.(\d\.blocks\.\d+\.attn)\.w_msa\.(.+)", r"net.net.layers.\1.\2"),
             (r"stages\.(\d\.blocks\.\d+)\.ffn\.layers\.0\.0\.(\w+)", r"net.net.layers.\1.mlp.fc1.\2"),
             (r"stages\.(\d\.blocks\.\d+)\.ffn\.layers\.1\.(\w+)", r"net.net.layers.\1.mlp.fc2.\2"),
             (r"stages\.(\d)\.downsample\.(\w+)\.(\w+)", r"net.net.layers.<\1+1>.downsample.\2.\3~"),
@@ -226,7 +176,7 @@ SWIN_FORMATS = (
                     (r"attention\.self\.query\.(.+)", r"attn.qkv#0.\2"),
                     (r"attention\.self\.key\.(.+)", r"attn.qkv#1.\2"),
                     (r"attention\.self\.value\.(.+)", r"attn.qkv#2.\2"),
-                    (r"attention\.self\.relative_position_bias_table", r"attn.relative_position_bias_table"),
+                    (r"attention\.self\.(relative_position_bias_table)", r"attn.\2"),
                     (r"attention\.output\.dense\.(.+)", r"attn.proj.\2"),
                     (r"intermediate\.dense\.(.+)", r"mlp.fc1.\2"),
                     (r"output\.dense\.(.+)", r"mlp.fc2.\2"),
@@ -235,6 +185,22 @@ SWIN_FORMATS = (
         ),
     ),
 )
+
+
+def efficientnet_lite0_rules() -> Rules:
+    """The package's names → timm's tf_efficientnet_lite0, which counts blocks by stage."""
+    rules = [(r"_conv_(stem|head)\.(.+)", r"conv_\1.\2"), (r"_fc\.(.+)", r"classifier.\1")]
+    rules += [(r"_bn0\.(.+)", r"bn1.\1"), (r"_bn1\.(.+)", r"bn2.\1")]
+    places = [f"{stage}.{i}" for stage, repeats in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(repeats)]
+    for number, place in enumerate(places):
+        theirs, ours = "_depthwise_conv _bn1 _project_conv _bn2", "conv_dw bn1 conv_pw bn2"
+        if number:  # all but the first block widen before they filter
+            theirs, ours = f"_expand_conv _bn0 {theirs}", "conv_pw bn1 conv_dw bn2 conv_pwl bn3"
+        pairs = zip(theirs.split(), ours.split())
+        rules += [(rf"_blocks\.{number}\.{a}\.(.+)", rf"blocks.{place}.{b}.\1") for a, b in pairs]
+    return tuple(rules)
+
+
 # Why a tensor has no place here; the first pattern found in its name counts.
 REASONS = (
     (r"relative_position_index|attn_mask$", "computed here, not stored"),
@@ -243,7 +209,8 @@ REASONS = (
         "belongs to another decode head",
     ),
     (
-        r"^(.*\.)?(head|fc|classifier|norm|layernorm|incre_modules|downsamp_modules|final_layer)\.",
+        r"^(.*\.)?(head|fc|classifier|norm|layernorm|incre_modules|downsamp_modules|final_layer)\."
+        r"|^(conv_head|bn2)\.",
         "part of the classification network, not of the maps",
     ),
 )
@@ -277,12 +244,8 @@ def translate(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, list[tuple
     return {name: [(s, t) for _, s, t in sorted(parts, key=lambda p: p[0])] for name, parts in found.items()}
 
 
-def reason(source: str) -> str:
+def why_unused(source: str) -> str:
     for pattern, why in REASONS:
         if re.search(pattern, source):
             return why
     return "no tensor of this name here"
-
-
-def join(pieces: list[tuple[str, Tensor]]) -> Tensor:
-    return pieces[0][1] if len(pieces) == 1 else torch.cat([tensor for _, tensor in pieces])

