@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.shipped import find_config
@@ -47,6 +47,18 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 2  # per rank
     on_error: Literal["raise", "skip"] = "raise"
     rare_class_temperature: Annotated[float, Field(gt=0)] | None = None  # 0.01: rare classes more often
+
+    @field_validator("classes", "label_map", mode="before")
+    @classmethod
+    def _names_are_text(cls, value: Any) -> Any:
+        """YAML 1.1 reads no, on and null as something else than words, and 1.0 as a number."""
+        ids = isinstance(value, dict)
+        for each in value.values() if isinstance(value, dict) else value or ():
+            if not isinstance(each, str) and (not ids or isinstance(each, bool) or not isinstance(each, int)):
+                raise ValueError(f"a name was read as {each!r}; put the word in quotes, as in 'no'")
+        if ids and any(isinstance(key, bool) for key in value):
+            raise ValueError("the ids of the files stand on the left and must be whole numbers")
+        return value
 
     @model_validator(mode="after")
     def _scale_is_a_range(self) -> "DataConfig":

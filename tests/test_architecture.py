@@ -20,10 +20,12 @@ HOUSE = {
     "runtime": ["errors signals", "distributed files console shipped"],
     "config": [],
     "data": [
-        "reading.label_ids reading.decode classes.published classes.ade20k_full classes.palette",
-        "reading.pairing file_dataset digits transforms",
-        "order datasets",
-        "loader doctor.diagnosis doctor.prepare",
+        "reading.label_ids reading.decode classes.ade20k_full classes.palette transforms",
+        "reading.pairing classes.published file_dataset digits",
+        "order specs doctor.facts",
+        "loader datasets doctor.class_table doctor.label_map_advice",
+        "doctor.diagnosis doctor.prepare",
+        "doctor.report",
         "doctor.check",
     ],
     "models": [
@@ -158,3 +160,12 @@ import protoseg.commands.cli, protoseg.commands.train
             [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=rest | given
         )
         assert done.stdout.strip() == expected
+
+
+def test_a_model_is_built_without_scikit_learn() -> None:
+    program = (
+        "import sys; from protoseg import build_model, load_config;"
+        "build_model(load_config('configs/digits_resnet18_k4.yaml')); print('sklearn' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

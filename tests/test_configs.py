@@ -53,7 +53,7 @@ def test_config_builds_the_model_of_the_table(path: Path) -> None:
     linear = config.classifier == "linear"
     assert linear == ("_linear" in path.stem) == (model.prototypes is None)
     known = KNOWN[config.backbone.name, config.decode_head.name]
-    classes = len(config.data.classes or dataset_spec(config.data.name).classes)
+    classes = len(dataset_spec(config.data).classes)
     expected = known.shared + classes * known.per_class + linear * classes * (known.dim + 1)
     assert model.num_parameters == expected
 
@@ -71,7 +71,7 @@ def test_linear_and_k10_configs_differ_in_the_classifier_alone() -> None:
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_small_config_takes_a_step(path: Path) -> None:
     config = load_config(path, ["data.batch_size=2", "train.precision=fp32", "contrast.cap_mb=8"])
-    spec = dataset_spec(config.data.name, config.data.classes)
+    spec = dataset_spec(config.data)
     run = build_run(config, spec.classes, spec.palette, 4, torch.device("cpu"))
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)

@@ -27,8 +27,7 @@ def test_configs_are_valid() -> None:
     assert blocks
     for block in blocks:
         config = config_from(yaml.safe_load(block), "README.md")
-        d = config.data
-        dataset_spec(d.name, d.classes, d.palette, d.ignore_index, d.label_map)
+        dataset_spec(config.data)
         build_model(config)
 
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protoseg.config import load_config
-from protoseg.data.doctor.check import check_dataset, print_report, write_bad_files
+from protoseg.data.datasets import data_root
+from protoseg.data.doctor.check import check_dataset
 from protoseg.data.doctor.prepare import prepare_ade20k_full
+from protoseg.data.doctor.report import print_report, write_bad_files
 from protoseg.runtime.console import progress
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json
@@ -26,27 +28,15 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.threads < 1:
         raise UserError(f"--threads: expected 1 or more, got {args.threads}")
-    d = load_config(args.config, args.overrides).data
-    root = d.root or Path("data") / d.name
+    data = load_config(args.config, args.overrides).data
     if args.prepare:
-        if not d.name.startswith("ade20k_full"):
-            raise UserError(f"--prepare: '{d.name}' is read as it was released, leave the option out")
+        if not data.name.startswith("ade20k_full"):
+            raise UserError(f"--prepare: '{data.name}' is read as it was released, leave the option out")
         with progress("convert") as on_progress:
-            written = prepare_ade20k_full(root, threads=args.threads, on_progress=on_progress)
+            written = prepare_ade20k_full(data_root(data), threads=args.threads, on_progress=on_progress)
         print(f"{written} images converted")
     with progress("check") as on_progress:
-        report = check_dataset(
-            d.name,
-            root=root,
-            splits=[d.train_split, d.val_split],
-            classes=d.classes,
-            palette=d.palette,
-            ignore_index=d.ignore_index,
-            label_map=d.label_map,
-            exclude=d.exclude,
-            threads=args.threads,
-            on_progress=on_progress,
-        )
+        report = check_dataset(data, threads=args.threads, on_progress=on_progress)
     print_report(report)
     if args.json:
         write_json(args.json, report.to_plain())

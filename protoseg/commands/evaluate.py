@@ -12,7 +12,7 @@ from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_over
 from protoseg.config import merge_into_trained
 from protoseg.data.datasets import open_dataset
 from protoseg.data.file_dataset import in_short, with_classes
-from protoseg.data.loader import eval_loader
+from protoseg.data.loader import EvalLoader
 from protoseg.evaluation.inference import InferenceSettings, segment
 from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate
 from protoseg.evaluation.tables import (
@@ -51,7 +51,7 @@ def score_run(
     console = _console()
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     with (
-        closing(eval_loader(dataset, workers=config.data.workers, **ranks)) as loader,
+        closing(EvalLoader(dataset, workers=config.data.workers, **ranks)) as loader,
         autocast(config, device),
     ):
         scores = evaluate(

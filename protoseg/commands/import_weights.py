@@ -31,8 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as data.classes=[a,b]")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
-    d = config.data
-    spec = dataset_spec(d.name, d.classes, d.palette, d.ignore_index, d.label_map)
+    spec = dataset_spec(config.data)
     model = build_model(config)
     if args.bgr and not isinstance(model.backbone.net, HRNet):
         raise UserError(f"--bgr: is for HRNet, not for {config.backbone.name}; leave the option out")

@@ -63,14 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     if args.prototypes and model.prototypes is None:
         raise UserError(f"--prototypes: {args.run} has a linear classifier; leave the option out")
     device = distributed.setup()
-    label_map: LabelMap | None = config.data.label_map
+    label_map: LabelMap | None = None
     if args.raw_ids:
-        spec = dataset_spec(
-            config.data.name,
-            config.data.classes,
-            ignore_index=config.data.ignore_index,
-            label_map=label_map,
-        )
+        spec = dataset_spec(config.data)
         label_map = spec.label_map
         if list(spec.classes) != content["classes"]:
             raise UserError(f"--raw-ids: {args.run} has other classes than its dataset; leave the option out")

@@ -1,290 +1,67 @@
-"""Datasets on disk: one spec per dataset, one reader for all of them."""
+"""From the data section of a configuration to a dataset that can be read."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from protoseg.config import Config
+from protoseg.config import Config, DataConfig, config_from
 from protoseg.data import digits
-from protoseg.data.classes import ade20k_full
-from protoseg.data.classes import published as lists
 from protoseg.data.classes.palette import default_palette
-from protoseg.data.file_dataset import Dataset, FileDataset, Palette, ReadIds
-from protoseg.data.reading.decode import read_ade20k_ids, read_label_ids, read_mat_ids
-from protoseg.data.reading.label_ids import IGNORE, LabelIds, LabelMap
+from protoseg.data.file_dataset import Dataset, FileDataset
+from protoseg.data.reading.label_ids import IGNORE, LabelIds
 from protoseg.data.reading.pairing import Split, check_pairing, pair_files, read_excluded
+from protoseg.data.specs import DATASETS, DatasetSpec, folder_split
 from protoseg.runtime.errors import UserError
 
 
-@dataclass(frozen=True)
-class DatasetSpec:
-    """All that sets one dataset apart.
+def build_dataset(name: str, *, split: str, root: str | Path | None = None, **settings: Any) -> Dataset:
+    """Dataset `name`, one split or several joined by "+"; `settings` are other keys of the data section.
 
-    `palette` empty means the default colours, `label_map` None that ids in the files are class ids.
-    """
-
-    classes: tuple[str, ...]
-    palette: Palette
-    splits: Mapping[str, Split]
-    homepage: str
-    ignore_index: int = 255
-    label_map: LabelMap | None = field(default=None, repr=False)
-    read_ids: ReadIds = read_label_ids
-
-    @property
-    def colours(self) -> Palette:
-        return self.palette or default_palette(len(self.classes))
-
-
-def _folder_split(split: str) -> Split:
-    return Split(f"images/{split}", f"labels/{split}")
-
-
-def _map(ids: Sequence[int], ignored: Iterable[int]) -> dict[int, int | str]:
-    """The label map of a published dataset: `ids` are the raw ids of its classes, in order."""
-    return {**dict.fromkeys(ignored, IGNORE), **{raw: target for target, raw in enumerate(ids)}}
-
-
-def _cityscapes(split: str) -> Split:
-    return Split(f"leftImg8bit/{split}", f"gtFine/{split}", ("_leftImg8bit.png",), ("_gtFine_labelIds.png",))
-
-
-def _cocostuff164k(split: str) -> Split:
-    # Trees that mmsegmentation has converted hold a second label file per image.
-    return Split(
-        f"images/{split}2017", f"annotations/{split}2017", (".jpg",), (".png",), ("_labelTrainIds.png",)
-    )
-
-
-def _voc(labels: str, label_ending: str, split: str, lists: str) -> Split:
-    return Split("JPEGImages", labels, (".jpg",), (label_ending,), listed=f"ImageSets/{lists}/{split}.txt")
-
-
-_CITYSCAPES_HOME = (
-    "https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip)"
-)
-_COCOSTUFF_HOME = "https://github.com/nightrome/cocostuff"
-_COCOSTUFF10K_HOME = "https://github.com/nightrome/cocostuff10k (cocostuff-10k-v1.1.zip)"
-_PCONTEXT_HOME = "https://cs.stanford.edu/~roozbeh/pascal-context and PASCAL VOC 2010"
-_ADE20K_FULL_HOME = "https://groups.csail.mit.edu/vision/datasets/ADE20K (full dataset, ADE20K_2021_17_01)"
-# The source of each class list stands beside it in classes.py; here: the file tree, and what 0 and void mean.
-DATASETS: dict[str, DatasetSpec] = {
-    "digits": DatasetSpec(digits.CLASSES, digits.PALETTE, {}, "nothing to get: it is composed on the fly"),
-    # Classes, palette and label map of a folder come from the YAML; every sub-folder of images/ is a split.
-    "folder": DatasetSpec((), (), {}, "see 'Your own images' in the README"),
-    # SegNet tutorial form, 480 x 360: 0-10 are the classes, 255 (and 11 in the original files) is void.
-    "camvid": DatasetSpec(
-        lists.CAMVID_CLASSES,
-        lists.CAMVID_PALETTE,
-        {split: _folder_split(split) for split in ("train", "val", "test")},
-        "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/ (11 classes as in the SegNet tutorial)",
-        label_map=_map(range(11), [11]),
-    ),
-    # ADEChallengeData2016: 0 is "other objects", not evaluated; 1-150 in the order of objectInfo150.txt.
-    "ade20k": DatasetSpec(
-        lists.ADE20K_CLASSES,
-        lists.ADE20K_PALETTE,
-        {
-            "train": Split("images/training", "annotations/training"),
-            "val": Split("images/validation", "annotations/validation"),
-        },
-        "http://sceneparsing.csail.mit.edu (ADEChallengeData2016.zip)",
-        label_map=_map(range(1, 151), [0]),
-    ),
-    "cityscapes": DatasetSpec(
-        lists.CITYSCAPES_CLASSES,
-        lists.CITYSCAPES_PALETTE,
-        {split: _cityscapes(split) for split in ("train", "val", "test")},
-        _CITYSCAPES_HOME,
-        label_map=_map(lists.CITYSCAPES_IDS, range(34)),
-    ),
-    # stuffthingmaps: id - 1 is stored, 255 is unlabeled (README of the dataset, "Caffe-compatible ... maps").
-    "cocostuff164k": DatasetSpec(
-        lists.COCOSTUFF_CLASSES,
-        (),
-        {split: _cocostuff164k(split) for split in ("train", "val")},
-        f"{_COCOSTUFF_HOME} (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
-        label_map=_map([i - 1 for i in lists.COCOSTUFF_IDS], []),
-    ),
-    # The released .mat files, version 1.1: field S, 0 is unlabeled.
-    "cocostuff10k": DatasetSpec(
-        lists.COCOSTUFF_CLASSES,
-        (),
-        {
-            split: Split("images", "annotations", (".jpg",), (".mat",), listed=f"imageLists/{split}.txt")
-            for split in ("train", "test")
-        },
-        _COCOSTUFF10K_HOME,
-        label_map=_map(lists.COCOSTUFF_IDS, [0]),
-        read_ids=read_mat_ids,
-    ),
-    # The same as PNG, as mmsegmentation converts it: 0 is unlabeled, 1-171 are the classes.
-    "cocostuff10k_png": DatasetSpec(
-        lists.COCOSTUFF_CLASSES,
-        (),
-        {
-            split: Split(
-                f"images/{split}2014", f"annotations/{split}2014", (".jpg",), ("_labelTrainIds.png",)
-            )
-            for split in ("train", "test")
-        },
-        _COCOSTUFF10K_HOME,
-        label_map=_map(range(1, 172), [0]),
-    ),
-    # VOCdevkit/VOC2010 with the released trainval/*.mat beside JPEGImages: field LabelMap, 459 classes.
-    "pcontext": DatasetSpec(
-        lists.PCONTEXT_CLASSES,
-        (),
-        {split: _voc("trainval", ".mat", split, "Main") for split in ("train", "val")},
-        _PCONTEXT_HOME,
-        label_map=_map(lists.PCONTEXT_IDS, range(460)),
-        read_ids=read_mat_ids,
-    ),
-    # The same as PNG: 0 is everything else, 1-59 are the classes.
-    "pcontext_png": DatasetSpec(
-        lists.PCONTEXT_CLASSES,
-        (),
-        {
-            split: _voc("SegmentationClassContext", ".png", split, "SegmentationContext")
-            for split in ("train", "val")
-        },
-        _PCONTEXT_HOME,
-        label_map=_map(range(1, 60), [0]),
-    ),
-    # Palette PNGs, 0 is background, 255 the rim of the objects. Root: VOCdevkit/VOC2012.
-    "voc": DatasetSpec(
-        lists.VOC_CLASSES,
-        lists.VOC_PALETTE,
-        {
-            split: _voc("SegmentationClass", ".png", split, "Segmentation")
-            for split in ("train", "val", "trainval")
-        },
-        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-        label_map=_map(range(21), []),
-    ),
-}
-
-
-for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th class, which comes first
-    _spec = DATASETS[_name]
-    DATASETS[_name.replace("pcontext", "pcontext60")] = replace(
-        _spec,
-        classes=("background", *_spec.classes),
-        label_map={
-            raw: 0 if target == IGNORE else int(target) + 1 for raw, target in (_spec.label_map or {}).items()
-        },
-    )
-
-
-for _count in (150, 300, 500, 700, 847):  # the most frequent classes; the others are ignored
-    # The release: red and green of *_seg.png beside each image are the object id. Root: ADE20K_2021_17_01.
-    DATASETS[f"ade20k_full_{_count}"] = DatasetSpec(
-        ade20k_full.CLASSES[:_count],
-        (),
-        {
-            split: Split(f"images/ADE/{folder}", f"images/ADE/{folder}", (".jpg",), ("_seg.png",))
-            for split, folder in (("train", "training"), ("val", "validation"))
-        },
-        _ADE20K_FULL_HOME,
-        ignore_index=65535,
-        label_map=_map(ade20k_full.IDS[:_count], range(ade20k_full.HIGHEST_ID + 1)),
-        read_ids=read_ade20k_ids,
-    )
-    # As MaskFormer's script converts it (shorter side 512 at most): 16-bit TIFF, class ids, 65535 is void.
-    DATASETS[f"ade20k_full_{_count}_tif"] = DatasetSpec(
-        ade20k_full.CLASSES[:_count],
-        (),
-        {
-            split: Split(
-                f"images_detectron2/{folder}", f"annotations_detectron2/{folder}", (".jpg",), (".tif",)
-            )
-            for split, folder in (("train", "training"), ("val", "validation"))
-        },
-        _ADE20K_FULL_HOME,
-        ignore_index=65535,
-        label_map=_map(range(_count), range(847)),
-    )
-
-
-def build_dataset(
-    name: str,
-    *,
-    root: str | Path | None,
-    split: str,
-    classes: Sequence[str] | None = None,
-    palette: Sequence[Sequence[int]] | None = None,
-    ignore_index: int | None = None,
-    label_map: LabelMap | None = None,
-    exclude: str | Path | None = None,
-    seed: int = 0,
-) -> Dataset:
-    """Dataset `name` of DATASETS, one split or several joined by "+".
-
-    classes, palette, ignore_index and label_map describe a `folder`; the other datasets bring their own, but
-    `classes` may choose some digits. A label map sends raw ids to class ids, class names or "ignore".
-    `exclude` is a text file with paths of images or labels to leave out, one per line, relative to `root`.
-    `seed` is for the scenes of `digits`.
     Raises UserError, one line, for anything wrong with the names or the files.
     """
-    spec = dataset_spec(name, classes, palette, ignore_index, label_map)
-    if name == "digits":
-        return digits.Digits(split, seed=seed, classes=spec.classes)
-    if root is None:
-        raise UserError(f"data.root: '{name}' needs the folder where it lies; get it: {spec.homepage}")
-    root = Path(root)
-    excluded = read_excluded(exclude, root)
+    config = config_from({"data": {"name": name, "root": root, **settings}}, "build_dataset")
+    return open_dataset(config, split)
+
+
+def open_dataset(config: Config, split: str) -> Dataset:
+    """One split of the configured dataset, or several joined by "+"; UserError for what is wrong with it."""
+    data = config.data
+    spec = dataset_spec(data)
+    if data.name == "digits":
+        return digits.Digits(split, classes=spec.classes)
+    root = data_root(data)
+    excluded = read_excluded(data.exclude, root)
     files: dict[str, tuple[Path, Path]] = {}
     for part in split.split("+"):
-        pairing = pair_files(root, find_split(name, spec, root, part), spec.homepage, excluded)
+        pairing = pair_files(root, find_split(data, part), spec.homepage, excluded)
         check_pairing(pairing, part)
         prefix = f"{part}/" if "+" in split else ""
         files |= {prefix + stem: pair for stem, pair in pairing.pairs.items()}
-    ids = LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
-    return FileDataset(files, spec.classes, spec.colours, ids, spec.read_ids)
+    return FileDataset(files, spec.classes, spec.colours, label_ids(spec), spec.read_ids)
 
 
-def class_names(name: str, classes: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The class names of a dataset, without its files. Raises UserError for an unknown dataset."""
-    return dataset_spec(name, classes).classes
+def data_root(data: DataConfig) -> Path:
+    """The folder of the dataset: by default data/NAME."""
+    return data.root or Path("data") / data.name
 
 
-def dataset_spec(
-    name: str,
-    classes: Sequence[str] | None = None,
-    palette: Sequence[Sequence[int]] | None = None,
-    ignore_index: int | None = None,
-    label_map: LabelMap | None = None,
-) -> DatasetSpec:
-    """The spec of a dataset, completed by what the YAML says of a folder. UserError for wrong values."""
-    if name not in DATASETS:
-        raise UserError(f"data.name: no dataset '{name}'; use one of {', '.join(DATASETS)}")
-    if name == "folder":
-        return _folder_spec(DATASETS[name], classes, palette, ignore_index, label_map)
-    if name == "digits" and classes is not None:  # some of its digits
-        classes = digits.known_classes(classes)
-        return replace(
-            dataset_spec(name, None, palette, ignore_index, label_map),
-            classes=classes,
-            palette=digits.colours(classes),
-        )
-    if any(given is not None for given in (classes, palette, ignore_index, label_map)):
-        raise UserError(
-            f"data: '{name}' brings its own classes, palette, ignore_index and label_map; "
-            "remove them, or use name: folder"
-        )
-    return DATASETS[name]
+def label_ids(spec: DatasetSpec) -> LabelIds:
+    """From the raw ids in its files to its class ids."""
+    return LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
 
 
-def find_split(name: str, spec: DatasetSpec, root: Path, split: str) -> Split:
+def find_split(data: DataConfig, split: str) -> Split:
     """Where one split lies. Raises UserError for a missing root and for a split that is not there."""
+    spec, root = DATASETS[data.name], data_root(data)
     if not root.is_dir():
         raise UserError(
-            f"data.root: folder {root} does not exist; '{name}' belongs there; get it: {spec.homepage}"
+            f"data.root: folder {root} does not exist; '{data.name}' belongs there; get it: {spec.homepage}"
         )
-    if name != "folder":
+    if data.name != "folder":
         if split not in spec.splits:
             raise UserError(
-                f"data.train_split or val_split: '{name}' has no split '{split}';"
+                f"data.train_split or val_split: '{data.name}' has no split '{split}';"
                 f" use one of {', '.join(spec.splits)}"
             )
         return spec.splits[split]
@@ -295,75 +72,64 @@ def find_split(name: str, spec: DatasetSpec, root: Path, split: str) -> Split:
             f"data.train_split or val_split: folder {images / split} does not exist;"
             f" {images} has {', '.join(found)}"
         )
-    return _folder_split(split)
+    return folder_split(split)
 
 
-def _folder_spec(
-    spec: DatasetSpec,
-    classes: Sequence[str] | None,
-    palette: Sequence[Sequence[int]] | None,
-    ignore_index: int | None,
-    label_map: LabelMap | None,
-) -> DatasetSpec:
-    """The spec of a folder from the YAML, with every value checked."""
-    if not classes:
+def dataset_spec(data: DataConfig) -> DatasetSpec:
+    """The spec of a dataset, completed by what the configuration says of it. UserError for wrong values."""
+    if data.name not in DATASETS:
+        raise UserError(f"data.name: no dataset '{data.name}'; use one of {', '.join(DATASETS)}")
+    spec = DATASETS[data.name]
+    if data.name == "folder":
+        return _folder_spec(spec, data)
+    own = (None if data.name == "digits" else data.classes, data.palette, data.ignore_index, data.label_map)
+    if any(given is not None for given in own):
+        raise UserError(
+            f"data: '{data.name}' brings its own classes, palette, ignore_index and label_map; "
+            "remove them, or use name: folder"
+        )
+    if data.classes is None:
+        return spec
+    classes = digits.known_classes(data.classes)  # some of the digits
+    return replace(spec, classes=classes, palette=digits.colours(classes))
+
+
+def _folder_spec(spec: DatasetSpec, data: DataConfig) -> DatasetSpec:
+    """The spec of a folder, with every value checked."""
+    if not data.classes:
         raise UserError("data.classes: a folder dataset needs its class names, in class-id order")
-    names = tuple(str(entry) for entry in classes)
+    names = tuple(data.classes)
     if len(set(names)) < len(names) or IGNORE in names:
         raise UserError(
             f"data.classes: names must differ, and '{IGNORE}' is reserved; got {', '.join(names)}"
         )
-    ignored = spec.ignore_index if ignore_index is None else ignore_index
+    ignored = spec.ignore_index if data.ignore_index is None else data.ignore_index
     if not len(names) <= ignored < 1 << 16:
         raise UserError(
             f"data.ignore_index: {ignored} must be outside the class ids 0-{len(names) - 1} and below 65536; "
             "keep 255 and map the raw id in data.label_map"
         )
-    colours = default_palette(len(names)) if palette is None else palette
-    if len(colours) != len(names) or any(len(c) != 3 or not all(0 <= v <= 255 for v in c) for c in colours):
+    palette = default_palette(len(names)) if data.palette is None else tuple(data.palette)
+    if len(palette) != len(names) or not all(0 <= value <= 255 for colour in palette for value in colour):
         raise UserError(
-            f"data.palette: wants {len(names)} RGB triples of 0-255, one per class; got {len(colours)}"
+            f"data.palette: wants {len(names)} RGB triples of 0-255, one per class; got {len(palette)}"
         )
+    label_map = data.label_map
     if label_map is not None:
-        label_map = {_raw_id(raw): _target(raw, target, names) for raw, target in label_map.items()}
-    return replace(
-        spec,
-        classes=names,
-        palette=tuple((r, g, b) for r, g, b in colours),
-        ignore_index=ignored,
-        label_map=label_map,
-    )
+        label_map = {raw: _target(raw, target, names) for raw, target in label_map.items()}
+    return replace(spec, classes=names, palette=palette, ignore_index=ignored, label_map=label_map)
 
 
-def _raw_id(raw: object) -> int:
-    if isinstance(raw, bool) or not isinstance(raw, int) or not 0 <= raw < 1 << 16:
+def _target(raw: int, target: int | str, names: Sequence[str]) -> int | str:
+    if not 0 <= raw < 1 << 16:
         raise UserError(f"data.label_map: raw id {raw!r} must be a whole number from 0 to 65535")
-    return raw
-
-
-def _target(raw: int, target: int | str, names: tuple[str, ...]) -> int | str:
     if target == IGNORE:
         return target
     if target in names:
         return names.index(str(target))
-    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(names):
+    if isinstance(target, int) and 0 <= target < len(names):
         return target
     raise UserError(
         f"data.label_map: raw id {raw} goes to {target!r}, which is no class id 0-{len(names) - 1}, "
         f"no class name and not '{IGNORE}'"
-    )
-
-
-def open_dataset(config: Config, split: str) -> Dataset:
-    """One split of the configured dataset, the root defaulting to data/<name>."""
-    d = config.data
-    return build_dataset(
-        d.name,
-        root=d.root or Path("data") / d.name,
-        split=split,
-        classes=d.classes,
-        palette=d.palette,
-        ignore_index=d.ignore_index,
-        label_map=d.label_map,
-        exclude=d.exclude,
     )

@@ -14,26 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
 
+from protoseg.data.classes.palette import Palette, hex_colours
 from protoseg.runtime.errors import UserError
 
 CLASSES = (*(str(digit) for digit in range(10)), "background")  # class id = the digit; background = 10
 BACKGROUND = 10
 IGNORE = 255
-PALETTE = (
-    (230, 25, 75),
-    (60, 180, 75),
-    (255, 225, 25),
-    (0, 130, 200),
-    (245, 130, 48),
-    (145, 30, 180),
-    (70, 240, 240),
-    (240, 50, 230),
-    (210, 245, 60),
-    (250, 190, 212),
-    (0, 0, 0),
-)
+PALETTE = hex_colours("e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c fabebe 000000")
 LENGTHS = {"train": 4096, "val": 256}
 CELL = 36  # one digit at most per square of this side, pixels
 SMALLEST, LARGEST = 28, 36  # side of the 8×8 sample's square in the scene, pixels
@@ -52,7 +40,7 @@ def known_classes(classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def colours(classes: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
+def colours(classes: Sequence[str]) -> Palette:
     """The palette of these classes."""
     return tuple(PALETTE[CLASSES.index(name)] for name in classes)
 
@@ -62,6 +50,8 @@ def _glyphs(
     split: str, classes: tuple[str, ...] = CLASSES
 ) -> tuple[tuple[Image.Image, ...], NDArray[np.int64]]:
     """Enlarged coverage maps of one split and their class ids. Every fifth sample of each digit is val."""
+    from sklearn.datasets import load_digits  # slow to load, and a model needs the class names alone
+
     data = load_digits()
     keep = np.zeros(len(data.target), dtype=bool)
     for digit in range(10):
@@ -80,6 +70,8 @@ def _glyphs(
 
 @cache
 def _photos() -> tuple[NDArray[np.uint8], ...]:
+    from sklearn.datasets import load_sample_images
+
     return tuple(np.round(photo * _PHOTO_LIGHT).astype(np.uint8) for photo in load_sample_images().images)
 
 

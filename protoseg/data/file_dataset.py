@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from protoseg.data.classes.palette import Palette
 from protoseg.data.reading.decode import read_image
 from protoseg.data.reading.label_ids import LabelIds
 from protoseg.runtime.errors import UserError
 
-Palette = tuple[tuple[int, int, int], ...]
 ReadIds = Callable[[Path], NDArray[np.integer]]  # label file → (H, W) raw ids
 
 

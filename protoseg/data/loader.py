@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from protoseg.config import DataConfig
 from protoseg.data.file_dataset import Dataset
 from protoseg.data.order import EpochOrder, count_classes, rare_class_order, uniform_order
 from protoseg.runtime.errors import UserError
@@ -130,47 +131,41 @@ class _Plain(TorchDataset):
 def train_loader(
     dataset: Dataset,
     transform: Transform,
+    data: DataConfig,
     *,
-    batch_size: int,
     iterations: int,
     start: int = 0,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    workers: int = 2,
-    on_error: str = "raise",
-    rare_class_temperature: float | None = None,
 ) -> Generator[Batch, None, None]:
     """The batches start … iterations−1 of a run, this rank's share of each.
 
-    `batch_size` is global, over all ranks. `transform(image, label)` must return one size and take all chance
+    `data.batch_size` is over all ranks. `transform(image, label)` must return one size and take all chance
     from torch's global RNG, which is seeded by (seed, epoch, index) for each sample and left as it was.
-    `rare_class_temperature` (0.01 in DAFormer) visits rare classes more often; it reads all labels first.
-    `on_error`: "raise" passes on the UserError of an unreadable sample, "skip" takes the next readable sample
-    instead and warns once per file. A batch size that does not divide by the ranks is a UserError.
+    `data.rare_class_temperature` reads all labels first. `data.on_error`: "raise" passes on the UserError of
+    an unreadable sample, "skip" takes the next readable sample instead and warns once per file.
+    A batch size that does not divide by the ranks is a UserError.
     """
-    if on_error not in ("raise", "skip"):
-        raise UserError(f"data.on_error: '{on_error}' is not known; use raise or skip")
-    if rare_class_temperature is None:
+    skip = data.on_error == "skip"
+    if data.rare_class_temperature is None:
         epoch_order = uniform_order(len(dataset), seed)
     else:
-        epoch_order = rare_class_order(
-            count_classes(dataset, on_error == "skip"), rare_class_temperature, seed
-        )
+        epoch_order = rare_class_order(count_classes(dataset, skip), data.rare_class_temperature, seed)
     order = BatchOrder(
         epoch_order,
         len(dataset),
-        batch_size=batch_size,
+        batch_size=data.batch_size,
         iterations=iterations,
         start=start,
         rank=rank,
         world_size=world_size,
     )
     loader: DataLoader = DataLoader(
-        _Augmented(dataset, transform, seed, on_error == "skip"),
+        _Augmented(dataset, transform, seed, skip),
         batch_sampler=order,
         collate_fn=_collate,
-        **_worker_options(workers),
+        **_worker_options(data.workers),
     )
     return _checked_batches(loader)
 
@@ -189,9 +184,13 @@ def _checked_batches(loader: DataLoader) -> Generator[Batch, None, None]:
 
 
 class EvalLoader:
-    """Samples rank, rank + world_size, … of a dataset, one at a time; can be run through again and again."""
+    """Yields (image (3, H, W) uint8, label (H, W), index, name) in dataset order, any size, no augmentation.
 
-    def __init__(self, dataset: Dataset, rank: int, world_size: int, workers: int) -> None:
+    This rank's share: samples rank, rank + world_size, … Keep the object: its workers stay alive from one
+    pass to the next. UserError if a file is unreadable.
+    """
+
+    def __init__(self, dataset: Dataset, *, workers: int, rank: int = 0, world_size: int = 1) -> None:
         self.loader: DataLoader = DataLoader(
             _Plain(dataset),
             batch_size=None,
@@ -212,14 +211,6 @@ class EvalLoader:
             if isinstance(loaded, _Bad):
                 raise UserError(loaded.message)
             yield loaded
-
-
-def eval_loader(dataset: Dataset, *, rank: int = 0, world_size: int = 1, workers: int = 2) -> EvalLoader:
-    """Yields (image (3, H, W) uint8, label (H, W), index, name) in dataset order, any size, no augmentation.
-
-    Keep the object: its workers stay alive from one pass to the next. UserError if a file is unreadable.
-    """
-    return EvalLoader(dataset, rank, world_size, workers)
 
 
 def _collate(samples: "list[_Sample | _Bad]") -> "tuple[Batch, tuple[str, ...]] | _Bad":

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from protoseg.config import DataConfig
 from protoseg.core.losses import nearest_cells
 
 CROP_TRIES = 10
@@ -28,23 +29,13 @@ class TrainTransform:
     them (best of ten crops: the first that obeys, else the last); flip: probability of a horizontal mirror.
     """
 
-    def __init__(
-        self,
-        *,
-        crop: tuple[int, int],
-        ignore_index: int,
-        scale: tuple[float, float] = (0.5, 2.0),
-        cat_max_ratio: float = 0.75,
-        flip: float = 0.5,
-        photometric: bool = True,
-        fill: tuple[int, ...] = (0, 0, 0),
-    ) -> None:
-        self.crop = crop
+    def __init__(self, data: DataConfig, ignore_index: int, fill: tuple[int, ...] = (0, 0, 0)) -> None:
+        self.crop = data.crop
         self.ignore_index = ignore_index
-        self.scale = scale
-        self.cat_max_ratio = cat_max_ratio
-        self.flip = flip
-        self.photometric = photometric
+        self.scale = data.scale
+        self.cat_max_ratio = data.cat_max_ratio
+        self.flip = data.flip
+        self.photometric = data.photometric
         self.fill = torch.tensor(fill, dtype=torch.uint8)
 
     def __call__(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

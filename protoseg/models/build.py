@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from protoseg.config import Config
 from protoseg.core.prototypes import PrototypeHead
-from protoseg.data.datasets import DATASETS, dataset_spec
+from protoseg.data.datasets import dataset_spec
+from protoseg.data.specs import DATASETS
 from protoseg.models.backbones import Backbone, build_backbone
 from protoseg.models.decode_heads import build_decode_head
 from protoseg.models.official import OfficialPrototypeHead
@@ -20,7 +21,7 @@ def build_model(
     all_reduce: Callable[[Tensor, str], Tensor] | None = None,
 ) -> Segmenter:
     """The model that a configuration describes; `num_classes` defaults to the dataset's."""
-    spec = DATASETS.get(config.data.name) or dataset_spec(config.data.name)  # the latter says what is known
+    spec = DATASETS.get(config.data.name) or dataset_spec(config.data)  # the latter says what is known
     num_classes = num_classes or len(config.data.classes or spec.classes)
     ignore_index = spec.ignore_index if config.data.ignore_index is None else config.data.ignore_index
     backbone = build_backbone(

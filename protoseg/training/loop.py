@@ -11,7 +11,7 @@ import yaml
 from protoseg.config import Config, to_plain
 from protoseg.data.datasets import open_dataset
 from protoseg.data.file_dataset import Dataset
-from protoseg.data.loader import EvalLoader, eval_loader, train_loader
+from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
 from protoseg.evaluation.inference import segment
 from protoseg.evaluation.scores import Scores, evaluate
@@ -67,7 +67,7 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
         if run.contrast is not None and run.contrast.memory is not None and run.contrast.memory.message:
             print(f"note: {run.contrast.memory.message}")
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    with closing(eval_loader(val_set, workers=config.data.workers, **ranks)) as val_loader:
+    with closing(EvalLoader(val_set, workers=config.data.workers, **ranks)) as val_loader:
         loop(run, out, log, train_set, val_loader)
         results = finish(run, out, log, val_loader)
     distributed.barrier()
@@ -89,24 +89,13 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
     d = config.data
     loader = train_loader(
         train_set,
-        TrainTransform(
-            crop=d.crop,
-            scale=d.scale,
-            cat_max_ratio=d.cat_max_ratio,
-            flip=d.flip,
-            photometric=d.photometric,
-            ignore_index=train_set.ignore_index,
-            fill=run.model.mean_colour,
-        ),
-        batch_size=d.batch_size,
+        TrainTransform(d, train_set.ignore_index, run.model.mean_colour),
+        d,
         iterations=config.train.iterations,
         start=run.step,
         seed=config.train.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        workers=d.workers,
-        on_error=d.on_error,
-        rare_class_temperature=d.rare_class_temperature,
     )
     meter = Meter(d.batch_size)
     with closing(loader) as batches, StopSignals() as signals:

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import tiny_config, write_folder
 
 from protoseg.commands.cli import execute as command
+from protoseg.config import DataConfig
 from protoseg.data.datasets import build_dataset
 from protoseg.runtime.errors import UserError
 from protoseg.training import loop as trainer
@@ -74,8 +75,8 @@ def test_rare_class_sampling_is_a_key(
 ) -> None:
     given: list[object] = []
 
-    def loader(*_: object, **options: object) -> None:
-        given.append(options["rare_class_temperature"])
+    def loader(_: object, __: object, data: DataConfig, **___: object) -> None:
+        given.append(data.rare_class_temperature)
         raise UserError("far enough")
 
     monkeypatch.setattr(trainer, "train_loader", loader)

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from protoseg.data.datasets import DATASETS, build_dataset
+from protoseg.data.datasets import build_dataset
 from protoseg.data.doctor.prepare import prepare_ade20k_full
 from protoseg.data.reading.label_ids import IGNORE, export_ids
+from protoseg.data.specs import DATASETS
 from protoseg.runtime.errors import UserError
 
 COLOUR = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from protoseg.config import DataConfig
 from protoseg.data import digits
 from protoseg.data.datasets import build_dataset, dataset_spec
 from protoseg.data.digits import BACKGROUND, IGNORE, Digits
@@ -86,7 +87,7 @@ def test_some_digits_alone_with_ids_in_the_order_given():
     swapped = Digits("train", classes=("background", "3", "7"), length=6)
     expected = torch.tensor([0, 2, 1, *[IGNORE] * 253], dtype=torch.uint8)[labels.long()]
     assert torch.equal(torch.stack([swapped.read(i)[1] for i in range(6)]), expected)
-    spec = dataset_spec("digits", chosen)
+    spec = dataset_spec(DataConfig(name="digits", classes=chosen))
     assert (spec.classes, spec.colours) == (chosen, scenes.palette)
     assert build_dataset("digits", root=None, split="val", classes=chosen).classes == chosen
 
@@ -102,4 +103,4 @@ def test_some_digits_alone_with_ids_in_the_order_given():
 )
 def test_wrong_digits_are_named(classes, message):
     with pytest.raises(UserError, match=message):
-        dataset_spec("digits", classes)
+        dataset_spec(DataConfig(name="digits", classes=classes))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from protoseg.config import DataConfig
 from protoseg.data.digits import Digits
 from protoseg.data.loader import train_loader
 from protoseg.data.order import count_classes, rare_class_order, uniform_order
@@ -70,20 +71,20 @@ def draw(image, label):
 @pytest.mark.parametrize("start", [0, 3])
 def test_rare_class_batches_are_the_same_for_any_workers_and_ranks(start):
     scenes = Digits("train", length=7)
-    options = {"batch_size": 4, "iterations": 6, "seed": 2, "rare_class_temperature": 0.05}
-    whole = list(train_loader(scenes, draw, workers=0, **options))[start:]
+    options = {"batch_size": 4, "rare_class_temperature": 0.05}
+    here, apart = DataConfig(workers=0, **options), DataConfig(workers=2, **options)
+    run = {"iterations": 6, "seed": 2}
+    whole = list(train_loader(scenes, draw, here, **run))[start:]
     for rank in (0, 1):
-        part = list(train_loader(scenes, draw, workers=2, rank=rank, world_size=2, start=start, **options))
+        part = list(train_loader(scenes, draw, apart, rank=rank, world_size=2, start=start, **run))
         for batch, share in zip(whole, part):
             assert torch.equal(batch.image[2 * rank : 2 * rank + 2], share.image)
 
 
 def test_a_sample_drawn_twice_in_an_epoch_is_augmented_anew():
     scenes = Digits("train", length=8)
-    batches = train_loader(
-        scenes, draw, batch_size=8, iterations=1, seed=0, workers=0, rare_class_temperature=0.002
-    )
-    batch = next(iter(batches))
+    data = DataConfig(batch_size=8, workers=0, rare_class_temperature=0.002)
+    batch = next(train_loader(scenes, draw, data, iterations=1))
     index = batch.index.tolist()
     twice = [i for i in set(index) if index.count(i) > 1]
     assert twice

@@ -4,10 +4,15 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from protoseg.config import DataConfig
 from protoseg.data.transforms import TrainTransform, _resize_label, distort_colours
 
 OFF = {"scale": (1.0, 1.0), "cat_max_ratio": 1.0, "flip": 0.0, "photometric": False}
 FILL = (124, 116, 104)
+
+
+def augmentation(**settings) -> TrainTransform:
+    return TrainTransform(DataConfig(**settings), ignore_index=255, fill=FILL)
 
 
 def coded(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +26,7 @@ def test_all_off_is_a_plain_crop():
     torch.manual_seed(0)
     places = set()
     for _ in range(30):
-        out, mask = TrainTransform(crop=(16, 24), ignore_index=255, **OFF)(image, label)
+        out, mask = augmentation(crop=(16, 24), **OFF)(image, label)
         assert out.shape == (3, 16, 24)
         assert torch.equal(out[0], mask)
         windows = label.unfold(0, 16, 1).unfold(1, 24, 1)  # every crop there is
@@ -32,7 +37,7 @@ def test_all_off_is_a_plain_crop():
 
 def test_same_size_and_off_is_the_identity():
     image, label = coded(32, 48)
-    out, mask = TrainTransform(crop=(32, 48), ignore_index=255, **OFF)(image, label)
+    out, mask = augmentation(crop=(32, 48), **OFF)(image, label)
     assert torch.equal(out, image)
     assert torch.equal(mask, label)
 
@@ -43,7 +48,7 @@ def test_image_and_label_stay_together(crop, dtype):
     """The image is the label here, so after scale, crop, pad and flip only blended edges differ."""
     torch.manual_seed(1)
     image, label = coded(48, 64)
-    transform = TrainTransform(crop=crop, ignore_index=255, photometric=False, fill=FILL)
+    transform = augmentation(crop=crop, scale=(0.5, 2.0), photometric=False)
     for _ in range(40):
         out, mask = transform(image, label.to(dtype))
         assert out.shape == (3, *crop)
@@ -65,7 +70,7 @@ def test_scaled_step_edge_is_where_the_label_says():
     label = (torch.arange(60) >= 23).to(torch.uint8).expand(60, 60).contiguous()
     image = (label * 255).expand(3, -1, -1).contiguous()
     torch.manual_seed(0)
-    transform = TrainTransform(crop=(40, 60), ignore_index=255, cat_max_ratio=1, flip=0, photometric=False)
+    transform = augmentation(crop=(40, 60), cat_max_ratio=1, flip=0, photometric=False)
     worst = 0
     for _ in range(50):
         out, mask = transform(image, label)
@@ -94,7 +99,7 @@ def test_label_takes_the_pixel_under_each_centre(dtype):
 
 def test_padding_keeps_its_colour():
     image, label = coded(10, 10)
-    transform = TrainTransform(crop=(24, 30), ignore_index=255, scale=(1, 1), flip=0.5, fill=FILL)
+    transform = augmentation(crop=(24, 30), scale=(1, 1), flip=0.5)
     torch.manual_seed(0)
     for _ in range(20):
         out, mask = transform(image, label)
@@ -108,9 +113,7 @@ def test_padding_keeps_its_colour():
 def test_scale_range_is_reached_and_kept():
     torch.manual_seed(0)
     label = torch.zeros(100, 100, dtype=torch.uint8)
-    transform = TrainTransform(
-        crop=(400, 400), ignore_index=255, scale=(0.5, 2.0), cat_max_ratio=1, flip=0, photometric=False
-    )
+    transform = augmentation(crop=(400, 400), scale=(0.5, 2.0), cat_max_ratio=1, flip=0, photometric=False)
     sides = [int((transform(label.expand(3, -1, -1), label)[1][0] == 0).sum()) for _ in range(200)]
     assert 50 <= min(sides) < 60
     assert 190 < max(sides) <= 200
@@ -123,8 +126,8 @@ def test_no_class_fills_more_than_its_share_where_a_crop_obeys(ignored_border):
     label[:, 32:] = 1
     if ignored_border:
         label[:, :6] = 255
-    transform = TrainTransform(crop=(16, 32), ignore_index=255, scale=(1, 1), flip=0, photometric=False)
-    free = TrainTransform(crop=(16, 32), ignore_index=255, **OFF)
+    transform = augmentation(crop=(16, 32), scale=(1, 1), flip=0, photometric=False)
+    free = augmentation(crop=(16, 32), **OFF)
 
     def broken(t: TrainTransform) -> int:
         count = 0
@@ -143,7 +146,7 @@ def test_the_share_is_estimated_closely_on_large_crops():
     torch.manual_seed(0)
     label = torch.zeros(700, 900, dtype=torch.uint8)
     label[:, 450:] = 1 + torch.arange(450, dtype=torch.uint8) % 3
-    transform = TrainTransform(crop=(500, 600), ignore_index=255, scale=(1, 1), flip=0, photometric=False)
+    transform = augmentation(crop=(500, 600), scale=(1, 1), flip=0, photometric=False)
     shares = []
     for _ in range(40):
         mask = transform(label.expand(3, -1, -1), label)[1]
@@ -153,17 +156,17 @@ def test_the_share_is_estimated_closely_on_large_crops():
 
 def test_rule_gives_way_where_no_crop_obeys():
     label = torch.zeros(20, 20, dtype=torch.uint8)
-    mask = TrainTransform(crop=(8, 8), ignore_index=255)(label.expand(3, -1, -1), label)[1]
+    mask = augmentation(crop=(8, 8))(label.expand(3, -1, -1), label)[1]
     assert (mask == 0).all()
     label.fill_(255)
-    mask = TrainTransform(crop=(8, 8), ignore_index=255)(label.expand(3, -1, -1), label)[1]
+    mask = augmentation(crop=(8, 8))(label.expand(3, -1, -1), label)[1]
     assert (mask == 255).all()
 
 
 def test_flip_mirrors_both_about_half_the_time():
     image, label = coded(16, 24)
     torch.manual_seed(0)
-    transform = TrainTransform(crop=(16, 24), ignore_index=255, **(OFF | {"flip": 0.5}))
+    transform = augmentation(crop=(16, 24), **(OFF | {"flip": 0.5}))
     flips = 0
     for _ in range(100):
         out, mask = transform(image, label)
@@ -178,7 +181,7 @@ def test_photometric_changes_colours_only():
     torch.manual_seed(0)
     image = torch.randint(60, 200, (3, 20, 20), dtype=torch.uint8)
     label = torch.randint(0, 4, (20, 20), dtype=torch.uint8)
-    transform = TrainTransform(crop=(20, 20), ignore_index=255, **(OFF | {"photometric": True}))
+    transform = augmentation(crop=(20, 20), **(OFF | {"photometric": True}))
     outs = []
     for _ in range(60):
         out, mask = transform(image, label)
@@ -234,7 +237,7 @@ def test_hue_turns_as_in_hsv_and_keeps_the_luma(turn):
 
 def test_chance_comes_from_torch_alone():
     image, label = coded(64, 64)
-    transform = TrainTransform(crop=(32, 32), ignore_index=255)
+    transform = augmentation(crop=(32, 32))
     torch.manual_seed(3)
     first = transform(image, label)
     torch.manual_seed(3)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from protoseg.config import DataConfig
 from protoseg.data.datasets import build_dataset
 from protoseg.data.file_dataset import Dataset, FileDataset
 from protoseg.data.loader import train_loader
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
 def measure(name: str, dataset: Dataset, crop: tuple[int, int], options: argparse.Namespace) -> None:
     """One line of the table: rates of the parts on one core, then of the loader."""
     assert isinstance(dataset, FileDataset)
-    transform = TrainTransform(crop=crop, ignore_index=dataset.ignore_index)
+    transform = TrainTransform(DataConfig(crop=crop), dataset.ignore_index)
     samples = [dataset.read(i) for i in range(min(len(dataset), COUNT))]
     files = dataset.files
     image = rate(lambda i: read_image(files[i % len(files)][0]), options.seconds)
@@ -77,7 +78,9 @@ def rate(
 
 def loader_rate(dataset: Dataset, transform: TrainTransform, options: argparse.Namespace) -> float:
     """Images per second out of the training loader, without the start of its workers."""
-    batches = train_loader(dataset, transform, batch_size=4, iterations=1 << 30, workers=options.workers)
+    batches = train_loader(
+        dataset, transform, DataConfig(batch_size=4, workers=options.workers), iterations=1 << 30
+    )
     for _ in range(4 * options.workers + 1):  # what was fetched ahead during the start
         next(batches)
     return 4 * rate(lambda _: next(batches), 2 * options.seconds, time.perf_counter)

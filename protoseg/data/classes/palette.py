@@ -1,18 +1,24 @@
-"""Colours for classes that bring none: far apart for normal and for red-green blind eyes."""
+"""Colours of classes; those for classes that bring none are far apart, for red-green blind eyes too."""
 
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+Palette = tuple[tuple[int, int, int], ...]
 # Linear RGB seen by a deuteranope (Viénot, Brettel, Mollon 1999).
 _DEUTERANOPE = np.array([[0.2928, 0.7072, 0.0], [0.2928, 0.7072, 0.0], [-0.0223, 0.0223, 1.0]])
 _XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 _WHITE = np.array([0.9505, 1.0, 1.089])
 
 
+def hex_colours(text: str) -> Palette:
+    """RGB triples from "rrggbb rrggbb …"."""
+    return tuple((r, g, b) for r, g, b in map(bytes.fromhex, text.split()))
+
+
 @cache
-def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+def default_palette(count: int) -> Palette:
     """`count` RGB triples, always the same, each the farthest from those before it.
 
     Distance is the smaller of two CIELAB distances: as seen, and as a deuteranope sees it. Black and white

@@ -1,21 +1,21 @@
 """Names and colours of the published class lists, in class-id order, and where each list comes from."""
 
-Colours = tuple[tuple[int, int, int], ...]
+from protoseg.data.classes.palette import hex_colours
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.replace("\n", " ").split(";"))
 
 
-def _colours(text: str) -> Colours:
-    return tuple((int(word[:2], 16), int(word[2:4], 16), int(word[4:], 16)) for word in text.split())
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split())
 
 
 # CamVid, the 11 classes of Badrinarayanan et al., "SegNet", TPAMI 2017; colours of that tutorial.
 CAMVID_CLASSES = _names("""
 sky; building; pole; road; pavement; tree; sign; fence; car; pedestrian; bicyclist
 """)
-CAMVID_PALETTE = _colours("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0")
+CAMVID_PALETTE = hex_colours("808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0")
 # ADE20K SceneParsing, objectInfo150.txt (first synonym) and color150.mat of
 # github.com/CSAILVision/sceneparsing.
 ADE20K_CLASSES = _names("""
@@ -33,7 +33,7 @@ microwave; pot; animal; bicycle; lake; dishwasher; screen; blanket; sculpture; h
 light; tray; ashcan; fan; pier; crt screen; plate; monitor; bulletin board; shower; radiator; glass;
 clock; flag
 """)
-ADE20K_PALETTE = _colours("""
+ADE20K_PALETTE = hex_colours("""
 787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33
 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff
 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff
@@ -52,7 +52,7 @@ road; sidewalk; building; wall; fence; pole; traffic light; traffic sign; vegeta
 person; rider; car; truck; bus; train; motorcycle; bicycle
 """)
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-CITYSCAPES_PALETTE = _colours("""
+CITYSCAPES_PALETTE = hex_colours("""
 804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046
 003c64 005064 0000e6 770b20
 """)
@@ -89,39 +89,17 @@ ground; horse; keyboard; light; motorbike; mountain; mouse; person; plate; platf
 rock; sheep; shelves; sidewalk; sign; sky; snow; sofa; table; track; train; tree; truck; tvmonitor; wall;
 water; window; wood
 """)
-PCONTEXT_IDS = (
-    *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144),
-    *(
-        158,
-        159,
-        162,
-        187,
-        189,
-        207,
-        220,
-        232,
-        258,
-        259,
-        260,
-        284,
-        295,
-        296,
-        308,
-        324,
-        326,
-        347,
-        349,
-        354,
-        355,
-    ),
-    *(360, 366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
-)
+PCONTEXT_IDS = _ids("""
+2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187 189 207 220
+232 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420 424 427 440 445 454
+458
+""")
 # Pascal VOC 2012, VOClabelcolormap and classes of the development kit.
 VOC_CLASSES = _names("""
 background; aeroplane; bicycle; bird; boat; bottle; bus; car; cat; chair; cow; diningtable; dog; horse;
 motorbike; person; pottedplant; sheep; sofa; train; tvmonitor
 """)
-VOC_PALETTE = _colours("""
+VOC_PALETTE = hex_colours("""
 000000 800000 008000 808000 000080 800080 008080 808080 400000 c00000 408000 c08000 400080 c00080 408080
 c08080 004000 804000 00c000 80c000 004080
 """)

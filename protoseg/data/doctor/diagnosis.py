@@ -1,33 +1,19 @@
 """What is wrong with a dataset, told from facts about its files: pure functions, no reading."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from protoseg.data.reading.label_ids import IGNORE, LabelIds, LabelMap, id_ranges
+from protoseg.data.classes.palette import Palette
+from protoseg.data.doctor.class_table import ClassRow
+from protoseg.data.doctor.facts import COLOUR_MASK, FileFacts, below
+from protoseg.data.doctor.label_map_advice import stretch_factor
+from protoseg.data.reading.label_ids import LabelIds, id_ranges
+from protoseg.data.reading.pairing import Pairing
 
 Severity = Literal["error", "warning"]
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What the doctor keeps of one image and its label. Paths are relative to the root."""
-
-    split: str
-    image: str
-    label: str
-    image_error: str = ""
-    label_error: str = ""
-    image_size: tuple[int, int] = (0, 0)  # height, width
-    label_size: tuple[int, int] = (0, 0)
-    label_bits: int = 8
-    digest: str = ""  # of the image's pixels
-    id_counts: Mapping[int, int] = field(default_factory=dict)  # raw id → pixels
-    colours: tuple[tuple[int, int, int], ...] = ()  # of a label that is a colour mask, the first few
 
 
 @dataclass(frozen=True)
@@ -44,10 +30,10 @@ def diagnose(
     facts: Sequence[FileFacts],
     ids: LabelIds,
     classes: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
+    palette: Palette,
 ) -> list[Finding]:
-    """Every finding about the contents of the files, errors first."""
-    findings = [
+    """Every finding about the contents of the files."""
+    return [
         *_unreadable(facts),
         *_colour_masks(facts, palette),
         *_sizes(facts),
@@ -57,22 +43,21 @@ def diagnose(
         *_all_ignored(facts, ids),
         *_duplicates(facts),
     ]
-    return sorted(findings, key=lambda finding: finding.severity)
 
 
 def _unreadable(facts: Sequence[FileFacts]) -> list[Finding]:
     found = []
     for what in ("image", "label"):
         bad = [(getattr(f, what), getattr(f, f"{what}_error")) for f in facts if getattr(f, f"{what}_error")]
-        bad = [(path, error) for path, error in bad if error != "colour mask"]
+        bad = [(path, error) for path, error in bad if error != COLOUR_MASK]
         if bad:
             text = f"{len(bad)} {what}(s) cannot be read, the first: {bad[0][1]}"
             found.append(Finding(f"unreadable {what}", "error", text, tuple(path for path, _ in bad)))
     return found
 
 
-def _colour_masks(facts: Sequence[FileFacts], palette: Sequence[tuple[int, int, int]]) -> list[Finding]:
-    masks = [f for f in facts if f.label_error == "colour mask"]
+def _colour_masks(facts: Sequence[FileFacts], palette: Palette) -> list[Finding]:
+    masks = [f for f in facts if f.label_error == COLOUR_MASK]
     if not masks:
         return []
     colours = {colour for f in masks for colour in f.colours}
@@ -116,7 +101,7 @@ def _unknown_ids(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> list[
 
 
 def _explain(every: Sequence[int], ids: LabelIds, count: int) -> str:
-    step = _stretch(every, ids.ignore_index, count)
+    step = stretch_factor(every, ids.ignore_index, count)
     if step > 255:
         return f"ids are multiples of {step}: 8-bit ids stretched to 16 bits, see the advised label_map"
     if step > 1:
@@ -126,14 +111,6 @@ def _explain(every: Sequence[int], ids: LabelIds, count: int) -> str:
     if max(v for v in every if v != ids.ignore_index) == count and count not in ids.allowed:
         return "ids run from 1 or include one more than there are classes, see the advised label_map"
     return "map them in data.label_map, or mend the files"
-
-
-def _stretch(every: Sequence[int], ignore_index: int, count: int) -> int:
-    """The factor by which ids were multiplied, 1 if they were not."""
-    # The ignored id is stretched like the others, or left alone.
-    values = [v for v in every if v not in (0, ignore_index, ignore_index * 257)]
-    step = int(np.gcd.reduce(values)) if values else 1
-    return step if len(values) > 1 and step > 1 and max(values) // step < count else 1
 
 
 def _binary_masks(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> list[Finding]:
@@ -187,58 +164,49 @@ def _duplicates(facts: Sequence[FileFacts]) -> list[Finding]:
     return found
 
 
-def advise_label_map(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> LabelMap | None:
-    """A label map that would make the ids found fit, None where they fit already or cannot."""
-    every = sorted({raw for f in facts for raw in f.id_counts})
-    if every == [0, 255] and count >= 2 and not ids.is_class(255):
-        return {0: 0, 255: 1}
-    if not set(every) - set(ids.allowed.tolist()) or len(every) > 4 * count + 40:
-        return None
-    step = _stretch(every, ids.ignore_index, count)
-    values = [v for v in every if v != ids.ignore_index]
-    if step > 1:
-        return {v: v // step if v // step < count else IGNORE for v in values}
-    if max(values) == count:  # every id, since a rare class may be missing in these files
-        return {**({0: IGNORE} if 0 in values else {}), **{v: v - 1 for v in range(1, count + 1)}}
-    return {v: v if v < count else IGNORE for v in values}
+def diagnose_classes(rows: Sequence[ClassRow], split: str, readable: bool) -> list[Finding]:
+    """Classes without a pixel in the split to train on."""
+    absent = [row.name for row in rows if not row.pixels]
+    if not absent or not readable:
+        return []
+    if len(absent) == len(rows):
+        text = f"{split}: every pixel is ignored and nothing can be learned; is the label_map right?"
+        return [Finding("nothing labelled", "error", text, ())]
+    few = ", ".join(absent[:8]) + (", …" if absent[8:] else "")
+    return [
+        Finding("absent class", "warning", f"{len(absent)} class(es) have no pixel in {split}: {few}", ())
+    ]
 
 
-def class_table(
-    facts: Sequence[FileFacts], ids: LabelIds, count: int
-) -> tuple[NDArray, NDArray, NDArray, int]:
-    """Per class: pixels, images that hold it, labelled pixels of those images; and ignored pixels in all."""
-    pixels, images, extent = (np.zeros(count, dtype=np.int64) for _ in range(3))
-    ignored = 0
-    for f in facts:
-        own: Counter[int] = Counter()
-        for raw, number in f.id_counts.items():
-            target = ids.target(raw)
-            if 0 <= target < count:
-                own[target] += number
-            elif target == ids.ignore_index:
-                ignored += number
-        for target, number in own.items():
-            pixels[target] += number
-            images[target] += 1
-            extent[target] += own.total()
-    return pixels, images, extent, ignored
+def diagnose_pairing(root: Path, pairings: Mapping[str, Pairing]) -> list[Finding]:
+    """Files of a split that lack their partner, or have one too many, and splits without any."""
+    found = []
+    for split, pairing in pairings.items():
+        if not pairing.pairs:
+            found.append(Finding("empty split", "error", f"split '{split}' has no image with a label", ()))
+        advice = _swapped(pairing, pairings) or pairing.advice.replace(f"{root}/", "")
+        for kind, files, todo in (
+            ("image without label", pairing.images_alone, advice),
+            ("label without image", pairing.labels_alone, advice),
+            ("listed name without image", pairing.missing, "add the missing files"),
+            ("two files of one stem", [second for _, second in pairing.twins], "keep one of the two"),
+        ):
+            if files:
+                text = f"{len(files)} {kind} in split '{split}'; {todo}"
+                names = tuple(f if isinstance(f, str) else below(root, f) for f in files)
+                found.append(Finding(kind, "error", text, names))
+    return found
 
 
-def median_frequency_weights(pixels: NDArray, extent: NDArray) -> list[float]:
-    """median(f) / f_c, f_c = share of class c in the images that hold it; 0 for absent classes.
+def _swapped(pairing: Pairing, pairings: Mapping[str, Pairing]) -> str:
+    """Advice where the lonely images and labels of a split are just those that another one lacks."""
 
-    Source: Eigen, Fergus, "Predicting depth, surface normals and semantic labels", ICCV 2015, section 4.3.2.
-    """
-    present = pixels > 0
-    frequency = pixels[present] / extent[present]
-    weights = np.zeros(len(pixels))
-    weights[present] = np.median(frequency) / frequency if present.any() else 0
-    return [round(float(w), 4) for w in weights]
+    def stems(files: Sequence[Path]) -> set[str]:
+        return {path.stem for path in files}
 
-
-def inverse_log_weights(pixels: NDArray) -> list[float]:
-    """1 / ln(1.02 + p_c), p_c = share of class c in all labelled pixels.
-
-    Source: Paszke et al., "ENet", arXiv 1606.02147, section 4.
-    """
-    return [round(float(w), 4) for w in 1 / np.log(1.02 + pixels / max(1, pixels.sum()))]
+    images, labels = stems(pairing.images_alone), stems(pairing.labels_alone)
+    for other, theirs in pairings.items():
+        same = (images, labels) == (stems(theirs.labels_alone), stems(theirs.images_alone))
+        if theirs is not pairing and images and labels and same:
+            return f"the partners lie in '{other}': were the splits swapped?"
+    return ""

@@ -8,13 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
-from protoseg.data.datasets import DATASETS, find_split
+from protoseg.config import DataConfig
+from protoseg.data.datasets import data_root, dataset_spec, find_split, label_ids
 from protoseg.data.file_dataset import check_sizes
 from protoseg.data.reading.decode import read_ade20k_ids, read_image
 from protoseg.data.reading.label_ids import LabelIds
 from protoseg.data.reading.pairing import check_pairing, pair_files
+from protoseg.data.specs import DATASETS
 from protoseg.runtime.files import whole_file
 
 SHORTER_SIDE = 512
@@ -22,7 +25,7 @@ RAW, CONVERTED = "ade20k_full_847", "ade20k_full_847_tif"
 
 
 def prepare_ade20k_full(
-    root: str | Path, *, threads: int = 4, on_progress: Callable[[int, int], None] | None = None
+    root: Path, *, threads: int = 4, on_progress: Callable[[int, int], None] | None = None
 ) -> int:
     """Writes images_detectron2/ and annotations_detectron2/ beside the release, for `ade20k_full_*_tif`.
 
@@ -31,12 +34,12 @@ def prepare_ade20k_full(
     there already stay, so an interrupted run goes on. Returns how many images were written. Raises UserError
     for missing folders and unreadable files.
     """
-    root = Path(root)
-    spec = DATASETS[RAW]
-    ids = LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
+    data = DataConfig(name=RAW, root=root)
+    spec, root = dataset_spec(data), data_root(data)
+    ids = label_ids(spec)
     jobs: list[tuple[Path, Path, Path, Path]] = []
     for split in spec.splits:
-        pairing = pair_files(root, find_split(RAW, spec, root, split), spec.homepage)
+        pairing = pair_files(root, find_split(data, split), spec.homepage)
         check_pairing(pairing, split)
         target = DATASETS[CONVERTED].splits[split]
         for folder in (target.images, target.labels):
@@ -57,7 +60,7 @@ def prepare_ade20k_full(
 def _convert(ids: LabelIds, image_file: Path, label_file: Path, new_image: Path, new_label: Path) -> bool:
     if new_image.exists() and new_label.exists():
         return False
-    image = Image.fromarray(read_image(image_file).permute(1, 2, 0).numpy())
+    image = Image.fromarray(rearrange(read_image(image_file).numpy(), "c h w -> h w c"))
     label = ids.to_classes(read_ade20k_ids(label_file), label_file)
     check_sizes((image.height, image.width), label.shape, image_file, label_file)
     scale = SHORTER_SIDE / min(image.size)

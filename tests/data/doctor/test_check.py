@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from protoseg.config import DataConfig
 from protoseg.data.datasets import build_dataset
-from protoseg.data.doctor.check import Report, check_dataset, print_report, write_bad_files
+from protoseg.data.doctor.check import check_dataset
+from protoseg.data.doctor.report import DataReport, print_report, write_bad_files
 from protoseg.runtime.errors import UserError
 
 CLASSES = ["sky", "road", "tree"]
@@ -45,9 +47,9 @@ def copy(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "copy"))
 
 
-def doctor(root: Path, **given) -> Report:
-    options = {"splits": ["train", "val"], "classes": CLASSES, "palette": PALETTE} | given
-    return check_dataset("folder", root=root, **options)
+def doctor(root: Path, on_progress: Callable[[int, int], None] | None = None, **given) -> DataReport:
+    data = DataConfig(root=root, **{"classes": CLASSES, "palette": PALETTE} | given)
+    return check_dataset(data, on_progress=on_progress)
 
 
 def relabel(change: Callable[[np.ndarray], np.ndarray], *names: str) -> Callable[[Path], None]:
@@ -238,7 +240,7 @@ def test_labels_of_another_split(copy):
     FAULTS["labels of the other split"][0](copy)
     with pytest.raises(UserError, match="labels/val does not exist"):
         doctor(copy)
-    kinds = {f.kind for f in doctor(copy, splits=["train"]).findings}
+    kinds = {f.kind for f in doctor(copy, val_split="train").findings}
     assert {"image without label", "label without image", "empty split"} <= kinds
 
 
@@ -390,6 +392,6 @@ def test_progress_and_what_cannot_be_checked(sound):
     doctor(sound, on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(i, 6) for i in range(1, 7)]
     with pytest.raises(UserError, match="digits is composed on the fly"):
-        check_dataset("digits", root="x", splits=["train"])
+        check_dataset(DataConfig(name="digits"))
     with pytest.raises(UserError, match=r"data.root: folder .*nowhere"):
         doctor(sound / "nowhere")

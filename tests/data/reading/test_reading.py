@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from protoseg.data.classes.palette import default_palette
-from protoseg.data.datasets import build_dataset, class_names
+from protoseg.data.datasets import build_dataset
 from protoseg.data.reading.decode import read_image, read_label_ids
 from protoseg.data.reading.label_ids import LabelIds, id_ranges
+from protoseg.data.specs import DATASETS
 from protoseg.runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -214,7 +215,7 @@ def test_folder_reads_pairs(tree):
     image, label = data.read(1)
     assert np.array_equal(label, np.asarray(Image.open(tree / "labels/train/train1.png")))
     assert np.array_equal(image.permute(1, 2, 0), np.asarray(Image.open(tree / "images/train/train1.png")))
-    assert data.classes == class_names("folder", CLASSES) == ("sky", "road", "tree")
+    assert data.classes == ("sky", "road", "tree")
     assert data.palette == default_palette(3)
     assert data.ignore_index == 255
 
@@ -290,8 +291,8 @@ def test_missing_root_and_split(tree):
         build_dataset("camvid", root=tree, split="minival")
     with pytest.raises(UserError, match=r"images/training does not exist.*sceneparsing.csail.mit.edu"):
         build_dataset("ade20k", root=tree, split="train")
-    with pytest.raises(UserError, match=r"data.root: 'camvid' needs the folder.*VideoRec"):
-        build_dataset("camvid", root=None, split="train")
+    with pytest.raises(UserError, match=r"data.root: folder data/voc does not exist; 'voc' belongs there"):
+        build_dataset("voc", split="train")
     with pytest.raises(UserError, match=r"no dataset 'camvod'; use one of digits, folder, camvid"):
         build_dataset("camvod", root=tree, split="train")
 
@@ -358,7 +359,7 @@ def test_file_without_permission(tree):
         ({"palette": [(0, 0, 0), (1, 1, 1), (2, 2, 256)]}, "data.palette: wants 3 RGB"),
         ({"label_map": {0: 3}}, "raw id 0 goes to 3"),
         ({"label_map": {0: "rode"}}, "raw id 0 goes to 'rode'"),
-        ({"label_map": {0: True}}, "raw id 0 goes to True"),
+        ({"label_map": {0: True}}, "data.label_map: a name was read as True; put"),
         ({"label_map": {-1: 0}}, "raw id -1 must be"),
         ({"label_map": {70000: 0}}, "raw id 70000 must be"),
     ],
@@ -371,7 +372,7 @@ def test_wrong_descriptions_of_a_folder(tree, given, message):
 def test_other_datasets_bring_their_own_description(tree):
     with pytest.raises(UserError, match="'camvid' brings its own"):
         build_dataset("camvid", root=tree, split="train", ignore_index=11)
-    assert build_dataset("digits", root=None, split="val").classes == class_names("digits")
+    assert build_dataset("digits", root=None, split="val").classes == DATASETS["digits"].classes
 
 
 @pytest.mark.parametrize("count", [1, 11, 60, 300])

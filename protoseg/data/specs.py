@@ -1,0 +1,204 @@
+"""The datasets that are known by name: one spec each. A new dataset is one entry in DATASETS."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from protoseg.data import digits
+from protoseg.data.classes import ade20k_full
+from protoseg.data.classes import published as lists
+from protoseg.data.classes.palette import Palette, default_palette
+from protoseg.data.file_dataset import ReadIds
+from protoseg.data.reading.decode import read_ade20k_ids, read_label_ids, read_mat_ids
+from protoseg.data.reading.label_ids import IGNORE, LabelMap
+from protoseg.data.reading.pairing import Split
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """All that sets one dataset apart.
+
+    `palette` empty means the default colours, `label_map` None that ids in the files are class ids.
+    """
+
+    classes: tuple[str, ...]
+    palette: Palette
+    splits: Mapping[str, Split]
+    homepage: str
+    ignore_index: int = 255
+    label_map: LabelMap | None = field(default=None, repr=False)
+    read_ids: ReadIds = read_label_ids
+
+    @property
+    def colours(self) -> Palette:
+        return self.palette or default_palette(len(self.classes))
+
+
+def folder_split(split: str) -> Split:
+    """The split of a `folder`."""
+    return Split(f"images/{split}", f"labels/{split}")
+
+
+def _map(ids: Sequence[int], ignored: Iterable[int]) -> dict[int, int | str]:
+    """The label map of a published dataset: `ids` are the raw ids of its classes, in order."""
+    return {**dict.fromkeys(ignored, IGNORE), **{raw: target for target, raw in enumerate(ids)}}
+
+
+def _cityscapes(split: str) -> Split:
+    return Split(f"leftImg8bit/{split}", f"gtFine/{split}", ("_leftImg8bit.png",), ("_gtFine_labelIds.png",))
+
+
+def _cocostuff164k(split: str) -> Split:
+    # Trees that mmsegmentation has converted hold a second label file per image.
+    return Split(
+        f"images/{split}2017", f"annotations/{split}2017", (".jpg",), (".png",), ("_labelTrainIds.png",)
+    )
+
+
+def _voc(labels: str, label_ending: str, split: str, lists: str) -> Split:
+    return Split("JPEGImages", labels, (".jpg",), (label_ending,), listed=f"ImageSets/{lists}/{split}.txt")
+
+
+_CITYSCAPES_HOME = (
+    "https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip)"
+)
+_COCOSTUFF_HOME = "https://github.com/nightrome/cocostuff"
+_COCOSTUFF10K_HOME = "https://github.com/nightrome/cocostuff10k (cocostuff-10k-v1.1.zip)"
+_PCONTEXT_HOME = "https://cs.stanford.edu/~roozbeh/pascal-context and PASCAL VOC 2010"
+_ADE20K_FULL_HOME = "https://groups.csail.mit.edu/vision/datasets/ADE20K (full dataset, ADE20K_2021_17_01)"
+# Here: the file tree, and what 0 and void mean. Each list's source stands beside it in classes/published.py.
+DATASETS: dict[str, DatasetSpec] = {
+    "digits": DatasetSpec(digits.CLASSES, digits.PALETTE, {}, "nothing to get: it is composed on the fly"),
+    # Classes, palette and label map of a folder come from the YAML; every sub-folder of images/ is a split.
+    "folder": DatasetSpec((), (), {}, "see 'Your own images' in the README"),
+    # SegNet tutorial form, 480 x 360: 0-10 are the classes, 255 (and 11 in the original files) is void.
+    "camvid": DatasetSpec(
+        lists.CAMVID_CLASSES,
+        lists.CAMVID_PALETTE,
+        {split: folder_split(split) for split in ("train", "val", "test")},
+        "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/ (11 classes as in the SegNet tutorial)",
+        label_map=_map(range(11), [11]),
+    ),
+    # ADEChallengeData2016: 0 is "other objects", not evaluated; 1-150 in the order of objectInfo150.txt.
+    "ade20k": DatasetSpec(
+        lists.ADE20K_CLASSES,
+        lists.ADE20K_PALETTE,
+        {
+            "train": Split("images/training", "annotations/training"),
+            "val": Split("images/validation", "annotations/validation"),
+        },
+        "http://sceneparsing.csail.mit.edu (ADEChallengeData2016.zip)",
+        label_map=_map(range(1, 151), [0]),
+    ),
+    "cityscapes": DatasetSpec(
+        lists.CITYSCAPES_CLASSES,
+        lists.CITYSCAPES_PALETTE,
+        {split: _cityscapes(split) for split in ("train", "val", "test")},
+        _CITYSCAPES_HOME,
+        label_map=_map(lists.CITYSCAPES_IDS, range(34)),
+    ),
+    # stuffthingmaps: id - 1 is stored, 255 is unlabeled (README of the dataset, "Caffe-compatible ... maps").
+    "cocostuff164k": DatasetSpec(
+        lists.COCOSTUFF_CLASSES,
+        (),
+        {split: _cocostuff164k(split) for split in ("train", "val")},
+        f"{_COCOSTUFF_HOME} (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
+        label_map=_map([i - 1 for i in lists.COCOSTUFF_IDS], []),
+    ),
+    # The released .mat files, version 1.1: field S, 0 is unlabeled.
+    "cocostuff10k": DatasetSpec(
+        lists.COCOSTUFF_CLASSES,
+        (),
+        {
+            split: Split("images", "annotations", (".jpg",), (".mat",), listed=f"imageLists/{split}.txt")
+            for split in ("train", "test")
+        },
+        _COCOSTUFF10K_HOME,
+        label_map=_map(lists.COCOSTUFF_IDS, [0]),
+        read_ids=read_mat_ids,
+    ),
+    # The same as PNG, as mmsegmentation converts it: 0 is unlabeled, 1-171 are the classes.
+    "cocostuff10k_png": DatasetSpec(
+        lists.COCOSTUFF_CLASSES,
+        (),
+        {
+            split: Split(
+                f"images/{split}2014", f"annotations/{split}2014", (".jpg",), ("_labelTrainIds.png",)
+            )
+            for split in ("train", "test")
+        },
+        _COCOSTUFF10K_HOME,
+        label_map=_map(range(1, 172), [0]),
+    ),
+    # VOCdevkit/VOC2010 with the released trainval/*.mat beside JPEGImages: field LabelMap, 459 classes.
+    "pcontext": DatasetSpec(
+        lists.PCONTEXT_CLASSES,
+        (),
+        {split: _voc("trainval", ".mat", split, "Main") for split in ("train", "val")},
+        _PCONTEXT_HOME,
+        label_map=_map(lists.PCONTEXT_IDS, range(460)),
+        read_ids=read_mat_ids,
+    ),
+    # The same as PNG: 0 is everything else, 1-59 are the classes.
+    "pcontext_png": DatasetSpec(
+        lists.PCONTEXT_CLASSES,
+        (),
+        {
+            split: _voc("SegmentationClassContext", ".png", split, "SegmentationContext")
+            for split in ("train", "val")
+        },
+        _PCONTEXT_HOME,
+        label_map=_map(range(1, 60), [0]),
+    ),
+    # Palette PNGs, 0 is background, 255 the rim of the objects. Root: VOCdevkit/VOC2012.
+    "voc": DatasetSpec(
+        lists.VOC_CLASSES,
+        lists.VOC_PALETTE,
+        {
+            split: _voc("SegmentationClass", ".png", split, "Segmentation")
+            for split in ("train", "val", "trainval")
+        },
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        label_map=_map(range(21), []),
+    ),
+}
+
+
+for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th class, which comes first
+    _spec = DATASETS[_name]
+    DATASETS[_name.replace("pcontext", "pcontext60")] = replace(
+        _spec,
+        classes=("background", *_spec.classes),
+        label_map={
+            raw: 0 if target == IGNORE else int(target) + 1 for raw, target in (_spec.label_map or {}).items()
+        },
+    )
+
+
+for _count in (150, 300, 500, 700, 847):  # the most frequent classes; the others are ignored
+    # The release: red and green of *_seg.png beside each image are the object id. Root: ADE20K_2021_17_01.
+    DATASETS[f"ade20k_full_{_count}"] = DatasetSpec(
+        ade20k_full.CLASSES[:_count],
+        (),
+        {
+            split: Split(f"images/ADE/{folder}", f"images/ADE/{folder}", (".jpg",), ("_seg.png",))
+            for split, folder in (("train", "training"), ("val", "validation"))
+        },
+        _ADE20K_FULL_HOME,
+        ignore_index=65535,
+        label_map=_map(ade20k_full.IDS[:_count], range(ade20k_full.HIGHEST_ID + 1)),
+        read_ids=read_ade20k_ids,
+    )
+    # As MaskFormer's script converts it (shorter side 512 at most): 16-bit TIFF, class ids, 65535 is void.
+    DATASETS[f"ade20k_full_{_count}_tif"] = DatasetSpec(
+        ade20k_full.CLASSES[:_count],
+        (),
+        {
+            split: Split(
+                f"images_detectron2/{folder}", f"annotations_detectron2/{folder}", (".jpg",), (".tif",)
+            )
+            for split, folder in (("train", "training"), ("val", "validation"))
+        },
+        _ADE20K_FULL_HOME,
+        ignore_index=65535,
+        label_map=_map(range(_count), range(847)),
+    )
