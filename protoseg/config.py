@@ -7,7 +7,7 @@ chosen variant first; the file's own keys and the command line's `key.sub=value`
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,9 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class DataConfig(Section):
@@ -227,6 +230,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Errors: UserError naming the file or override, the key, and the nearest valid key or the allowed values.
     """
     path = find_config(path)
+    values = read_yaml(path)
+    _check_keys(Config, values, str(path))
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    return config_from(values, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `key: value` lines of a YAML file. Errors: UserError naming the file and line."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -234,14 +246,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text file; give a YAML file") from None
     values = _parse_yaml(text, str(path))
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise UserError(f"{path}: expected `key: value` lines at the top level, found {values!r:.60}")
-    _check_keys(Config, values, str(path))
-    for override in overrides:
-        values = merge(values, parse_override(override))
-    return config_from(values, str(path))
+    return values or {}
 
 
 def merge_into_trained(config: Config, overrides: Sequence[str]) -> Config:
@@ -261,10 +268,15 @@ def merge_into_trained(config: Config, overrides: Sequence[str]) -> Config:
 
 def config_from(values: dict[str, Any], where: str) -> Config:
     """Build a Config from a plain dict, `where` being what error messages call its source."""
-    _check_keys(Config, values, where)
     preset = PRESETS.get(str(values.get("preset", "default")), {})
+    return validated(Config, merge(preset, values), where)
+
+
+def validated(model: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
+    """A section from plain values. Errors: UserError naming `where`, the first key that is wrong, and why."""
+    _check_keys(model, values, where)
     try:
-        return Config.model_validate(merge(preset, values))
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if part != "function-after")

@@ -41,7 +41,7 @@ HOUSE = {
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
     "training": ["optimizer", "log step", "resume", "loop"],
     "commands": [
-        "arguments video sweep_tables",
+        "arguments video sweep_rows sweep_tables",
         "prediction_files",
         "train evaluate predict vis_prototypes sweep check_data import_weights configs",
         "cli",

@@ -9,11 +9,15 @@ import shlex
 import signal
 import stat
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -22,7 +26,8 @@ import yaml
 from tiny import tiny_config, write_folder
 
 from protoseg.commands.cli import execute as command
-from protoseg.commands.sweep import LocalLauncher, Task, load_sweep, run_sweep, slug
+from protoseg.commands.sweep import Task, run_in_queue, run_sweep
+from protoseg.commands.sweep_rows import load_sweep, slug
 from protoseg.commands.sweep_tables import Record, mean_sd, sweep_figure, to_csv, to_markdown
 from protoseg.runtime.errors import UserError
 from protoseg.training.log import read_metrics
@@ -47,18 +52,13 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-class InThisProcess:
-    """A launcher without the seconds that a process takes to start; the commands are the same."""
+class InThisProcess(Executor):
+    """Without the seconds that a process takes to start; the commands are the same."""
 
-    def start(self, task: Task) -> "InThisProcess":
-        assert command(task.command[0], task.command[1:]) == 0
-        return self
-
-    def poll(self) -> int:
-        return 0
-
-    def stop(self) -> None:
-        raise AssertionError("it has ended")
+    def submit(self, run: Any, task: Task, stop: Event) -> Future:  # type: ignore[override]
+        ended: Future[int] = Future()
+        ended.set_result(command(task.command[0], task.command[1:]))
+        return ended
 
 
 def timeless(table: str) -> list[list[str]]:
@@ -92,7 +92,7 @@ def test_killed_sweep_goes_on_and_ends_with_the_same_table(config: Path, tmp_pat
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     arguments = [str(config), "--vary", "train.iterations=25", "--seeds", "2"]
     sweep = load_sweep(config, ["train.iterations=25"], 2)
-    run_sweep(sweep, straight, InThisProcess())
+    run_sweep(sweep, straight, InThisProcess(), run_in_queue)
     folder = broken / "iterations-25/seed0"
 
     def start_and_kill(with_run: bool) -> None:
@@ -174,9 +174,26 @@ def test_a_failed_run_is_named_and_the_others_count(
     assert table[3].startswith("| classifier=linear, val_split=nowhere | – |")
 
 
-def test_devices_are_shared_out(config: Path, tmp_path: Path) -> None:
-    launcher = LocalLauncher(3, ["4", "7"])
-    assert launcher.free == ["4", "7", "4"]
+def test_devices_are_shared_out(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs, two at a time: each has a device of its own, and the third gets the first that is free."""
+    used: list[str] = []
+    together = threading.Barrier(2, timeout=20)
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str], **rest: Any) -> None:
+            used.append(env["CUDA_VISIBLE_DEVICES"])
+            if len(used) < 3:
+                together.wait()
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    arguments = [str(config), "--vary", "loss.ppc=0,1,2", "--out", str(tmp_path / "out"), "--devices", "4,7"]
+    assert command("sweep", arguments) == 2, "nothing was trained"
+    assert sorted(used[:2]) == ["4", "7"]
+    assert used[2] in ("4", "7")
 
 
 def test_a_device_that_is_not_there(
@@ -240,16 +257,20 @@ def test_presets_load(path: Path) -> None:
     ("content", "vary", "message"),
     [
         ("config: tiny.yaml\nrows: {a: {prototypes.num_pr_class: 1}}", [], "num_per_class"),
-        ("config: tiny.yaml\nrow: {a: {}}", [], "unknown key row"),
-        ("config: tiny.yaml\nrows: {a: 3}", [], "expected `key: value`"),
+        ("config: tiny.yaml\nrow: {a: {}}", [], "unknown key row; did you mean rows?"),
+        ("config: tiny.yaml\nrows: {a: 3}", [], "rows.a: Input should be a valid dictionary, got 3"),
         ("config: tiny.yaml", [], "nothing to compare"),
-        ("config: tiny.yaml\nrows: [a]", [], "rows: expected `key: value` lines, found ['a']"),
-        ("config: tiny.yaml\nvary: {loss.ppc: 4}", [], "vary: loss.ppc: expected a list, found 4"),
-        ("config: tiny.yaml\nrows: {a: {}}\nseeds: three", [], "seeds: expected a number, found 'three'"),
-        ("config: tiny.yaml\nrows: {a: {}}\nseeds: 0", [], "expected 1 or more"),
+        ("config: tiny.yaml\nrows: [a]", [], "rows: Input should be a valid dictionary, got ['a']"),
+        ("config: tiny.yaml\nvary: {loss.ppc: 4}", [], "vary.loss.ppc: Input should be a valid list, got 4"),
+        ("config: tiny.yaml\nrows: {a: {}}\nseeds: three", [], "seeds: Input should be a valid integer"),
+        (
+            "config: tiny.yaml\nrows: {a: {}}\nseeds: 0",
+            [],
+            "seeds: Input should be greater than",
+        ),
         ("config: gone.yaml\nrows: {a: {}}", [], "cannot read the config"),
         ("config: tiny.yaml", ["loss.ppc"], "expected key=a,b,c"),
-        ("config: [", [], "not valid YAML"),
+        ("config: [", [], "mend the YAML"),
         ("config: tiny.yaml\nrows: {K=1: {}, k 1: {}}", [], "'K=1' and 'k 1' would share the folder k-1"),
     ],
 )
