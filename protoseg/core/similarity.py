@@ -89,7 +89,9 @@ def class_scores(
         return sims_Mn.view(num_prototypes, num_classes, -1).amax(0).to(emb_ND.dtype)
 
     with torch.autocast(emb_ND.device.type, enabled=False):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            scores_CN = best_Cn(emb_ND)  # a graph for all sizes: the loop would be unrolled for this one
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling():
             scores_CN = torch.cat([best_Cn(chunk_nD) for chunk_nD in emb_ND.split(chunk)], 1)
         else:
             # Results of their own would lie between the products and keep the heap from being used again:

@@ -250,6 +250,21 @@ def test_forward_compiles_in_one_graph_and_can_be_exported():
     assert_close_report(exported(plain), head(plain), "exported")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("example", [6, 70])
+def test_a_graph_is_for_all_sizes(example):
+    """One product, however many pixels: at 1536 and more the pixels go through in chunks otherwise."""
+    head = head_of().eval()
+    features = torch.randn(1, head.prototypes.shape[-1], example, example + 2)
+    sizes = {2: torch.export.Dim("height", min=2, max=99), 3: torch.export.Dim("width", min=2, max=99)}
+    exported = torch.export.export(head, (features,), dynamic_shapes=(sizes,)).module()
+    traced = torch.jit.trace(head, (features,))
+    for height, width in ((6, 8), (41, 39), (90, 70)):
+        other = torch.randn(1, features.shape[1], height, width)
+        for graph in (exported, traced):
+            assert_close_report(graph(other), head(other), "graph")
+
+
 def test_memory_format_changes_nothing():
     features, labels = batch()
     head = head_of(start="data")
