@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from protoseg.core.prototypes import PrototypeHead
     from protoseg.data.datasets import build_dataset
     from protoseg.data.reading.decode import read_image
+    from protoseg.evaluation.predictor import load
     from protoseg.models.build import build_model
     from protoseg.models.checkpoint import load_segmenter
     from protoseg.models.segmenter import Segmenter
@@ -20,6 +21,7 @@ _HOMES = {
     "build_dataset": "data.datasets",
     "build_model": "models.build",
     "downsample_labels": "core.losses",
+    "load": "evaluation.predictor",
     "load_config": "config",
     "load_segmenter": "models.checkpoint",
     "read_image": "data.reading.decode",
@@ -32,6 +34,7 @@ __all__ = [
     "build_dataset",
     "build_model",
     "downsample_labels",
+    "load",
     "load_config",
     "load_segmenter",
     "read_image",

@@ -74,7 +74,7 @@ class BackboneConfig(Section):
     """The feature extractor."""
 
     name: str = "resnet18"
-    weights: str = "none"  # none | timm | package (extra `pretrained`) | path of a file or folder
+    weights: str = "none"  # none | timm | package (extra `pretrained`) | hf:owner/model | path
     drop_path: Probability = 0.0
     output_stride: Literal[8, 16, 32] = 32  # ResNets only: 8 and 16 by dilation
     grad_checkpointing: bool = False

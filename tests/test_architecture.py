@@ -36,8 +36,8 @@ HOUSE = {
         "build",
         "checkpoint",
     ],
-    "weights": ["names foreign_files", "head_names", "foreign_backbone", "foreign_segmenter"],
-    "evaluation": ["inference", "scores", "tables"],
+    "weights": ["names foreign_files pretrained", "head_names", "foreign_backbone", "foreign_segmenter"],
+    "evaluation": ["inference nearest_patches", "scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
     "training": ["optimizer", "log step", "resume", "loop"],
     "commands": [

@@ -8,7 +8,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +24,14 @@ from protoseg.commands.prediction_files import (
     Writers,
     ahead,
     find_sources,
-    overlay,
     write_maps,
 )
 from protoseg.commands.video import VideoWriter, pyav, read_frames
+from protoseg.data.classes.palette import overlay
 from protoseg.data.datasets import dataset_spec
 from protoseg.data.reading.decode import read_image
 from protoseg.data.reading.label_ids import LabelMap, export_ids
-from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
+from protoseg.evaluation.inference import InferenceSettings, Prediction, protocol_for, segment
 from protoseg.figures.pictures import Palette
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.segmenter import Segmenter, autocast
@@ -92,11 +91,6 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{len(sources)} done: results are in {args.out}")
 
 
-# Beyond this many pixels an image goes through in windows, unless the protocol names them.
-WHOLE_PIXELS = 2048 * 1024
-LARGE_IMAGE_WINDOW = (1024, 1024)
-
-
 def predict_sources(
     model: Segmenter,
     sources: Sequence[Source],
@@ -143,14 +137,6 @@ def predict_sources(
     for source in videos:
         failures += _predict_video(source, run, outputs, tick)
     return failures
-
-
-def protocol_for(image: Tensor, protocol: InferenceSettings) -> InferenceSettings:
-    """The protocol, with windows if it names none and the image at its largest scale is too large for one."""
-    pixels = image.shape[-2] * image.shape[-1] * max(protocol.scales) ** 2
-    if protocol.window is None and pixels > WHOLE_PIXELS:
-        return replace(protocol, window=LARGE_IMAGE_WINDOW)
-    return protocol
 
 
 def on_cpu(prediction: Prediction) -> Prediction:

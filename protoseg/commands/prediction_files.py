@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from protoseg.commands.video import VIDEO_ENDINGS
-from protoseg.data.classes.palette import default_palette
+from protoseg.data.classes.palette import default_palette, overlay
 from protoseg.data.reading.decode import IMAGE_ENDINGS
 from protoseg.evaluation.inference import Prediction
-from protoseg.figures.pictures import Palette, colourise
+from protoseg.figures.pictures import Palette
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import whole_file
 
@@ -147,11 +147,6 @@ def write_maps(
         index = prediction.prototypes.numpy()
         palette = default_palette(int(index.max()) + 1)
         _save(id_image(index, palette), outputs.folder / f"prototypes/{name}.png")
-
-
-def overlay(picture: NDArray[np.uint8], classes: NDArray, palette: Palette) -> NDArray[np.uint8]:
-    """(H, W, 3): half the picture, half the classes' colours."""
-    return ((picture.astype(np.uint16) + colourise(classes, palette)) // 2).astype(np.uint8)
 
 
 def id_image(ids: NDArray[np.integer], palette: Palette | None) -> Image.Image:

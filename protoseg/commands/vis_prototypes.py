@@ -17,6 +17,8 @@ from protoseg.commands.arguments import runs_and_overrides
 from protoseg.config import Config, merge_into_trained
 from protoseg.data.datasets import open_dataset
 from protoseg.data.file_dataset import with_classes
+from protoseg.evaluation.nearest_patches import FILE as PATCHES_FILE
+from protoseg.evaluation.nearest_patches import save_patches
 from protoseg.figures.page import FigureEntry, explorer_page
 from protoseg.figures.pictures import outlined, save_figure
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure, embedding_figure, project
@@ -166,6 +168,13 @@ def write_gallery(
         score_name="cosine" if head.score_norm == "scale" else "normalised score",
     )
     write_text(out / "index.html", page)
+    save_patches(
+        out / Path(PATCHES_FILE).name,
+        {
+            number: [(p.name, p.cosine, outlined(p.picture, p.matched, PATCH_SIDE)) for p in patches]
+            for number, patches in enumerate(deeds.patches)
+        },
+    )
     size = (out / "index.html").stat().st_size / 1e6
     print(f"{out}: figures and index.html ({size:.1f} MB); open it in a browser")
     return out / "index.html"

@@ -5,10 +5,11 @@ them `model.stride` image pixels wide.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
@@ -63,6 +64,17 @@ class InferenceSettings:
 
 
 WHOLE = InferenceSettings()
+# Beyond this many pixels an image goes through in windows, unless the protocol names them.
+WHOLE_PIXELS = 2048 * 1024
+LARGE_IMAGE_WINDOW = (1024, 1024)
+
+
+def protocol_for(image: Tensor, protocol: InferenceSettings) -> InferenceSettings:
+    """The protocol, with windows if it names none and the image at its largest scale is too large for one."""
+    pixels = image.shape[-2] * image.shape[-1] * max(protocol.scales) ** 2
+    if protocol.window is None and pixels > WHOLE_PIXELS:
+        return replace(protocol, window=LARGE_IMAGE_WINDOW)
+    return protocol
 
 
 class Prediction(NamedTuple):
@@ -71,6 +83,7 @@ class Prediction(NamedTuple):
     classes: Tensor  # int64
     confidence: Tensor | None  # float32, probability of the predicted class
     prototypes: Tensor | None  # int64, the nearest prototype of the predicted class, 0 … K−1
+    distance: Tensor | None = None  # float32, 1 − cosine of the nearest prototype of all
 
 
 def segment(
@@ -81,15 +94,16 @@ def segment(
     *,
     confidence: bool = False,
     prototypes: bool = False,
+    distance: bool = False,
 ) -> Prediction:
     """Classes, and on demand their probability and nearest prototype: (3, H, W) image → maps of `size`.
 
     Logits are upsampled bilinearly, then made probabilities and averaged. Memory: C·h·w logits per view, and
     a fixed band of full-resolution rows. The nearest prototype is that of the cell, in the view whose scale
-    is nearest to 1. Errors: UserError if a model without prototypes is asked for them.
+    is nearest to 1; so is the distance, whose map is then upsampled bilinearly. Errors: UserError if a model
+    without prototypes is asked for them, or one whose logits are not cosines for the distance.
     """
-    if prototypes and model.prototypes is None:
-        raise UserError("this model has a linear classifier and no prototypes; do not ask for their map")
+    _check_wishes(model, prototypes, distance)
     size = size or (image.shape[-2], image.shape[-1])
     nearest_Chw = None
     closest = min(protocol.scales, key=lambda scale: abs(scale - 1))
@@ -103,9 +117,60 @@ def segment(
             views.append(logits_Chw)
             if protocol.flip:
                 views.append(windowed_logits(model, seen.flip(-1), protocol)[0].flip(-1))
-        classes, probability = most_likely(views, size, confidence)
-        index = None if nearest_Chw is None else at_pixels(nearest_Chw, classes)
-    return Prediction(classes, probability, index)
+        best_view = views[protocol.scales.index(closest) * (2 if protocol.flip else 1)]
+        return _prediction(model, views, size, nearest_Chw, best_view if distance else None, confidence)
+
+
+def segment_together(
+    model: Segmenter,
+    images: Tensor,
+    *,
+    confidence: bool = False,
+    prototypes: bool = False,
+    distance: bool = False,
+) -> list[Prediction]:
+    """`segment` of images of one size (B, 3, H, W) in one forward pass, each whole and as it is."""
+    _check_wishes(model, prototypes, distance)
+    size = (images.shape[-2], images.shape[-1])
+    with torch.inference_mode():
+        logits_BChw, nearest_BChw = _forward(model, images, prototypes)
+        return [
+            _prediction(model, [logits_Chw], size, nearest_Chw, logits_Chw if distance else None, confidence)
+            for logits_Chw, nearest_Chw in zip(
+                logits_BChw, [None] * len(images) if nearest_BChw is None else nearest_BChw
+            )
+        ]
+
+
+def has_distances(model: Segmenter) -> bool:
+    """Whether the model's logits are scaled cosines, from which a distance can be told."""
+    return model.prototypes is not None and model.prototypes.score_norm == "scale"
+
+
+def _check_wishes(model: Segmenter, prototypes: bool, distance: bool) -> None:
+    if (prototypes or distance) and model.prototypes is None:
+        raise UserError("this model has a linear classifier and no prototypes; do not ask for their map")
+    if distance and not has_distances(model):
+        raise UserError("this model's scores are normalised over the classes; do not ask for distances")
+
+
+def _prediction(
+    model: Segmenter,
+    views: list[Tensor],
+    size: tuple[int, int],
+    nearest_Chw: Tensor | None,
+    cosines_Chw: Tensor | None,
+    confidence: bool,
+) -> Prediction:
+    """The maps of one image; `cosines_Chw`: the logits to tell the distance by, None if nobody asked."""
+    classes, probability = most_likely(views, size, confidence)
+    index = None if nearest_Chw is None else at_pixels(nearest_Chw, classes)
+    distance = None
+    if cosines_Chw is not None and model.prototypes is not None:
+        # A class without prototypes has a logit far below any cosine.
+        distance_1hw = 1 - (cosines_Chw.amax(0, keepdim=True) / model.prototypes.logit_scale).clamp(min=-1)
+        distance = F.interpolate(distance_1hw[None], size, mode="bilinear", align_corners=False)[0, 0]
+    return Prediction(classes, probability, index, distance)
 
 
 def rescale(image: Tensor, scale: float) -> Tensor:

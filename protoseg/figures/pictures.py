@@ -13,19 +13,13 @@ from PIL import Image
 from scipy import ndimage
 
 from protoseg.core.losses import nearest_cells
+from protoseg.data.classes.palette import IGNORED_COLOUR
 from protoseg.runtime.files import whole_file
 
 Palette = Sequence[tuple[int, int, int]]
-IGNORED_COLOUR = (255, 255, 255)
 RIGHT, WRONG = (222, 226, 230), (200, 30, 60)
 # Where two models differ: told apart by every eye and in grey.
 ONLY_FIRST, ONLY_SECOND, BOTH_WRONG = (0, 114, 178), (240, 170, 20), (90, 90, 90)
-
-
-def colourise(label: NDArray, palette: Palette) -> NDArray[np.uint8]:
-    """(H, W) class ids → (H, W, 3) colours; ids without a colour (ignored pixels) become white."""
-    table = np.array([*palette, IGNORED_COLOUR], dtype=np.uint8)
-    return table[np.where((label >= 0) & (label < len(palette)), label, len(palette))]
 
 
 def error_map(label: NDArray, prediction: NDArray, ignore_index: int) -> NDArray[np.uint8]:

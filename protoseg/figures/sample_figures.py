@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from protoseg.data.classes.palette import colourise
 from protoseg.figures.pictures import (
     BOTH_WRONG,
     DPI,
@@ -22,7 +23,6 @@ from protoseg.figures.pictures import (
     Palette,
     bare,
     class_legend,
-    colourise,
     difference_map,
     error_map,
     resized,

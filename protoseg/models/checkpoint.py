@@ -1,11 +1,13 @@
 """Checkpoints: tensors and plain data only, written whole or not at all, read without executing anything."""
 
+import json
 import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
@@ -15,6 +17,10 @@ from protoseg.models.build import build_model
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import whole_file
+
+# A model to share is a folder of these two.
+WEIGHTS_FILE = "model.safetensors"
+ABOUT_FILE = "config.json"
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -71,14 +77,18 @@ def save_segmenter(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint written by the trainer.
+    """Read a checkpoint written by the trainer, or the model.safetensors of a saved folder.
 
     Errors: UserError if the file is missing, truncated, unsafe, or not one of ours.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; check the path") from None
+        if path.name == WEIGHTS_FILE:
+            about = json.loads((path.parent / ABOUT_FILE).read_text())
+            content = {**about, "model": safetensors.torch.load_file(path)}
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or path}: no such checkpoint; check the path") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: not a safe checkpoint (it is damaged or holds more than tensors and plain data);"
@@ -119,12 +129,16 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run folder or a file name stands for; in a folder, last.pt."""
-    if path.is_dir():
-        if not (path / "last.pt").is_file():
-            raise UserError(f"{path}: no last.pt in this folder; give a run folder or a checkpoint file")
-        return path / "last.pt"
-    return path
+    """The checkpoint that a file or folder stands for: a run's last.pt, a saved model's model.safetensors."""
+    if not path.is_dir():
+        return path
+    for name in ("last.pt", WEIGHTS_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(
+        f"{path}: neither last.pt nor {WEIGHTS_FILE} in this folder; give a run folder, a saved model, or a"
+        " checkpoint file"
+    )
 
 
 def load_segmenter(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:

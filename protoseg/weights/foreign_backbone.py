@@ -36,6 +36,7 @@ from protoseg.weights.names import (
     translate,
     why_unused,
 )
+from protoseg.weights.pretrained import download
 
 FORMATS: dict[type, tuple[Format, ...]] = {
     MixTransformer: MIT_FORMATS,
@@ -82,8 +83,8 @@ def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> Import
     """Load `weights` into a backbone built as `name`; in place, None for `none`.
 
     weights: `none`; `timm` for timm's own pretrained ones (downloaded or cached); `package` for those of an
-    installed Python package, see PACKAGES; or the path of a .pth or .safetensors file or of a Hugging Face
-    folder, holding the backbone alone or a whole segmenter.
+    installed Python package, see PACKAGES; `hf:owner/model` for a model of the hub; or the path of a .pth or
+    .safetensors file or of a Hugging Face folder, holding the backbone alone or a whole segmenter.
     Errors: UserError where there is nothing to load, a tensor has another shape, or a file cannot be read.
     """
     if weights == "none":
@@ -92,6 +93,8 @@ def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> Import
         state = timm_state(backbone, name)
     elif weights == "package":
         state = package_state(name)
+    elif weights.startswith("hf:"):
+        state = read_state(download(weights.removeprefix("hf:")))
     else:
         state = read_state(Path(weights))
     if isinstance(backbone.net, TimmFeatures):

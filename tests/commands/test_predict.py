@@ -14,11 +14,16 @@ from tiny import CLASSES, PALETTE, SIZES, tiny_config, write_checkpoint, write_f
 
 from protoseg.commands import predict as predicting
 from protoseg.commands.cli import execute as command
-from protoseg.commands.predict import protocol_for
 from protoseg.commands.prediction_files import AHEAD, ahead, find_sources, id_image
 from protoseg.commands.video import read_frames
 from protoseg.data.reading.decode import read_image
-from protoseg.evaluation.inference import WHOLE, InferenceSettings, segment
+from protoseg.evaluation.inference import (
+    LARGE_IMAGE_WINDOW,
+    WHOLE,
+    InferenceSettings,
+    protocol_for,
+    segment,
+)
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
 
@@ -206,7 +211,7 @@ def test_writing_goes_on_beside_the_model_and_its_errors_come_back() -> None:
 def test_large_images_go_through_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = torch.zeros(3, 100, 100), torch.zeros(3, 3000, 5000)
     assert protocol_for(small, WHOLE) == WHOLE
-    assert protocol_for(large, WHOLE).window == predicting.LARGE_IMAGE_WINDOW
+    assert protocol_for(large, WHOLE).window == LARGE_IMAGE_WINDOW
     assert protocol_for(large, InferenceSettings((512, 512))).window == (512, 512)
     assert protocol_for(torch.zeros(3, 1000, 1000), InferenceSettings(scales=(2.0,))).window is not None
 

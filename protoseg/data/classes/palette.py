@@ -1,11 +1,13 @@
 """Colours of classes; those for classes that bring none are far apart, for red-green blind eyes too."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 Palette = tuple[tuple[int, int, int], ...]
+IGNORED_COLOUR = (255, 255, 255)
 # Linear RGB seen by a deuteranope (Viénot, Brettel, Mollon 1999).
 _DEUTERANOPE = np.array([[0.2928, 0.7072, 0.0], [0.2928, 0.7072, 0.0], [-0.0223, 0.0223, 1.0]])
 _XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
@@ -38,6 +40,19 @@ def default_palette(count: int) -> Palette:
         chosen.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, apart(chosen[-1]))
     return tuple((int(r), int(g), int(b)) for r, g, b in grid[chosen])
+
+
+def colourise(label: NDArray, palette: Sequence[tuple[int, int, int]]) -> NDArray[np.uint8]:
+    """(H, W) class ids → (H, W, 3) colours; ids without a colour (ignored pixels) become white."""
+    table = np.array([*palette, IGNORED_COLOUR], dtype=np.uint8)
+    return table[np.where((label >= 0) & (label < len(palette)), label, len(palette))]
+
+
+def overlay(
+    picture: NDArray[np.uint8], classes: NDArray, palette: Sequence[tuple[int, int, int]]
+) -> NDArray[np.uint8]:
+    """(H, W, 3): half the picture, half the classes' colours."""
+    return ((picture.astype(np.uint16) + colourise(classes, palette)) // 2).astype(np.uint8)
 
 
 def _lab(linear: NDArray[np.float64]) -> NDArray[np.float64]:
