@@ -41,10 +41,10 @@ def unit_rows(features: Tensor) -> Tensor:
 def _rows_and_lengths(features: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors (N, D) and the lengths (N, 1) that were divided by: no N × D tensor besides."""
     batch, dim, height, width = features.shape
-    emb_BhwD = features.new_empty(
-        batch, height, width, dim, dtype=torch.promote_types(features.dtype, torch.float32)
+    emb_ND = features.new_empty(
+        batch * height * width, dim, dtype=torch.promote_types(features.dtype, torch.float32)
     )
-    emb_ND = emb_BhwD.copy_(features.permute(0, 2, 3, 1)).view(-1, dim)
+    emb_ND.view(batch, height, width, dim).copy_(features.permute(0, 2, 3, 1))
     length_N1 = emb_ND.norm(dim=1, keepdim=True).clamp_(min=MIN_NORM)
     return emb_ND.div_(length_N1), length_N1
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +202,13 @@ def environment(device: torch.device) -> dict[str, Any]:
             text=True,
             check=False,
         ).stdout.strip()
-    names = ("protoseg", "torch", "torchvision", "timm")
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("protoseg", "torch", "torchvision", "timm"):
+        versions[name] = None
+        with contextlib.suppress(PackageNotFoundError):  # a checkout on the path, not installed
+            versions[name] = version(name)
     return {
         "git_commit": commit or None,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu × {os.cpu_count()}",
     }

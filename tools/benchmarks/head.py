@@ -110,13 +110,28 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def measure(n: int, d: int, c: int, k: int, device: torch.device, repeats: int) -> None:
-    """One row of the table."""
+def measure(
+    n: int,
+    d: int,
+    c: int,
+    k: int,
+    device: torch.device,
+    repeats: int,
+    dtype: torch.dtype = torch.float32,
+    plain_repeats: int | None = None,
+) -> dict[str, float]:
+    """Medians in ms, peaks in 10⁶ bytes, and the difference of the losses, of one case.
+
+    dtype: of the features and of the products with all prototypes; bfloat16 puts the straightforward head
+    under autocast.
+    """
     generator = torch.Generator().manual_seed(0)
     side = 2 ** ((n // 2).bit_length() // 2)
-    features = torch.randn(2, d, n // 2 // side, side, generator=generator).to(device).requires_grad_()
-    labels = torch.randint(0, c, (2, n // 2 // side, side), generator=generator).to(device)
-    labels[torch.rand(labels.shape, generator=generator).to(device) < 0.05] = IGNORE
+    features = torch.randn(2, d, n // 2 // side, side, generator=generator).to(device, dtype)
+    features.requires_grad_()
+    labels = torch.randint(0, c, (2, n // 2 // side, side), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.05] = IGNORE
+    labels = labels.to(device)
     head = PrototypeHead(
         d,
         c,
@@ -125,11 +140,12 @@ def measure(n: int, d: int, c: int, k: int, device: torch.device, repeats: int) 
         start="random",
         logit_scale=10,
         momentum=0.99,  # as the other has them
+        score_dtype=None if dtype == torch.float32 else dtype,
     ).to(device)
     plain = StraightforwardHead(head.prototypes).to(device)
     pixels = features.detach().permute(0, 2, 3, 1).reshape(-1, d)
-    rows = head.prototypes.flatten(0, 1).clone()
-    sims = torch.empty(len(pixels), len(rows), device=device)
+    rows = head.prototypes.flatten(0, 1).to(dtype, copy=True)
+    sims = torch.empty(len(pixels), len(rows), device=device, dtype=dtype)
     back = torch.empty_like(pixels)
 
     def run_ours() -> Tensor:
@@ -138,7 +154,8 @@ def measure(n: int, d: int, c: int, k: int, device: torch.device, repeats: int) 
 
     def run_plain() -> Tensor:
         features.grad = None
-        return plain.step(features, labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
+            return plain.step(features, labels)
 
     def two_products() -> None:
         torch.mm(pixels, rows.t(), out=sims)
@@ -146,18 +163,29 @@ def measure(n: int, d: int, c: int, k: int, device: torch.device, repeats: int) 
 
     losses = run_ours(), run_plain()
     grown = [peak_bytes(run, device) for run in (run_ours, run_plain)]
+    two_products()
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "two": []}
-    for _ in range(repeats):
+    for repeat in range(repeats):
         seconds["ours"].append(timed(run_ours, device))
-        seconds["plain"].append(timed(run_plain, device))
+        if plain_repeats is None or repeat < plain_repeats:
+            seconds["plain"].append(timed(run_plain, device))
         seconds["two"].append(timed(two_products, device))
-    t = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        **{f"{name}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()},
+        "ours_mb": grown[0] / 1e6,
+        "plain_mb": grown[1] / 1e6,
+        "loss_difference": abs(losses[0] - losses[1]).item(),
+    }
+
+
+def print_row(n: int, d: int, c: int, k: int, found: dict[str, float]) -> None:
+    """One row of the table."""
+    mine, plain, two = (found[f"{name}_ms"] for name in ("ours", "plain", "two"))
     print(
-        f"| {n} | {d} | {c} | {k} | {t['ours'] * 1e3:.0f} | {t['plain'] * 1e3:.0f}"
-        f" | {t['plain'] / t['ours']:.2f} | {t['two'] * 1e3:.0f} | {t['ours'] / t['two']:.2f}"
-        f" | {t['ours'] / t['two'] / 1.5:.2f}"
-        f" | {grown[0] / 2**20:.0f} | {grown[1] / 2**20:.0f} | 1/{grown[1] / grown[0]:.1f}"
-        f" | {abs(losses[0] - losses[1]).item():.1e} |",
+        f"| {n} | {d} | {c} | {k} | {mine:.0f} | {plain:.0f}"
+        f" | {plain / mine:.2f} | {two:.0f} | {mine / two:.2f} | {mine / two / 1.5:.2f}"
+        f" | {found['ours_mb']:.0f} | {found['plain_mb']:.0f} | 1/{found['plain_mb'] / found['ours_mb']:.1f}"
+        f" | {found['loss_difference']:.1e} |",
         flush=True,
     )
 
@@ -179,7 +207,7 @@ def main(argv: list[str]) -> None:
     print("|" + "---|" * 14)
     for case in args.case or CASES:
         n, d, c, k = case
-        measure(n, d, c, k, device, args.repeats)
+        print_row(n, d, c, k, measure(n, d, c, k, device, args.repeats))
 
 
 def machine(device: torch.device) -> str:
