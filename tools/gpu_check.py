@@ -21,8 +21,6 @@ START = time.monotonic()  # imports take their share
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a parent that asked CUDA itself could not fork
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic mode, before CUDA starts
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from gpu_checks import camvid_runs, ceilings, head_cost, right, training_cost, two_processes  # noqa: E402

