@@ -49,6 +49,9 @@ class DataConfig(Section):
     batch_size: Positive = 16  # over all ranks, per optimiser step
     workers: Annotated[int, Field(ge=0)] = 2  # per rank
     on_error: Literal["raise", "skip"] = "raise"
+    # The frozen backbone's maps of whole images on disk: true is runs/features, or a folder's name.
+    cache_features: bool | Path = False
+    cache_gb: Annotated[float, Field(gt=0)] = 20
     rare_class_temperature: Annotated[float, Field(gt=0)] | None = None  # 0.01: rare classes more often
 
     @field_validator("classes", "label_map", mode="before")
@@ -78,6 +81,7 @@ class BackboneConfig(Section):
     drop_path: Probability = 0.0
     output_stride: Literal[8, 16, 32] = 32  # ResNets only: 8 and 16 by dilation
     grad_checkpointing: bool = False
+    frozen: bool = False  # nothing in it is learned, BatchNorm keeps its statistics
 
 
 class DecodeHeadConfig(Section):
@@ -85,6 +89,7 @@ class DecodeHeadConfig(Section):
 
     name: str = "mlp"
     dim: Positive | None = None  # None: the architecture's own width
+    stride: Positive | None = None  # finer maps are left out; 8 instead of 4 is about four times as fast
     dropout: Probability = 0.1
 
 
@@ -186,6 +191,20 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _cached_features_can_be_used(self) -> "Config":
+        if not self.data.cache_features:
+            return self
+        if not self.backbone.frozen:
+            raise ValueError("data.cache_features needs backbone.frozen: true")
+        d = self.data
+        if (d.scale, d.flip, d.photometric, d.on_error) != ((1, 1), 0, False, "raise"):
+            raise ValueError(
+                "data.cache_features keeps whole images as they are: set data.scale: [1, 1], flip: 0,"
+                " photometric: false, on_error: raise; or cache_features: false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "Config":

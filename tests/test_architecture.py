@@ -39,7 +39,7 @@ HOUSE = {
     "weights": ["names foreign_files pretrained", "head_names", "foreign_backbone", "foreign_segmenter"],
     "evaluation": ["inference nearest_patches", "scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
-    "training": ["optimizer", "log step", "resume", "loop"],
+    "training": ["optimizer feature_cache", "log step", "resume", "loop"],
     "commands": [
         "arguments video sweep_rows sweep_tables",
         "prediction_files",

@@ -115,6 +115,9 @@ class Digits:
     def name(self, index: int) -> str:
         return f"{self.split}_{index:05d}"
 
+    def stamp(self, index: int) -> str:
+        return f"digits {self.name(index)} of {self.seed}, {self.size}, {self.classes}"
+
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= index < self.length:
             raise IndexError(index)

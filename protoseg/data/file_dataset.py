@@ -27,6 +27,9 @@ class Dataset(Protocol):
     def name(self, index: int) -> str:
         """Unique stem, for messages and file names."""
 
+    def stamp(self, index: int) -> str:
+        """Another text for another image, without reading it."""
+
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (3, H, W) uint8 RGB and label (H, W) of class ids and `ignore_index`, uint8 or int32."""
 
@@ -59,6 +62,10 @@ class FileDataset:
     def name(self, index: int) -> str:
         return self.names[index]
 
+    def stamp(self, index: int) -> str:
+        file = self.files[index][0].stat()
+        return f"{self.names[index]}, {file.st_size} bytes of {file.st_mtime_ns}"
+
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image_file, label_file = self.files[index]
         image, label = read_image(image_file), self.label(index)
@@ -87,6 +94,9 @@ class RenumberedDataset:
 
     def name(self, index: int) -> str:
         return self.dataset.name(index)
+
+    def stamp(self, index: int) -> str:
+        return self.dataset.stamp(index)
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, label = self.dataset.read(index)

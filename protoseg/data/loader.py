@@ -4,7 +4,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ SKIP_TRIES = 20
 class Batch(NamedTuple):
     """Training batch of one rank, on the CPU."""
 
-    image: torch.Tensor  # (B, 3, H, W) uint8 RGB
+    image: Any  # (B, 3, H, W) uint8 RGB; or a frozen backbone's maps, a list
     label: torch.Tensor  # (B, H, W) class ids and ignore_index, uint8 or int32
     index: torch.Tensor  # type: ignore[assignment]  # (B,) int64, which samples; hides tuple.index
 

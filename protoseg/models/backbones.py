@@ -26,19 +26,34 @@ class Backbone(nn.Module):
     """The contract, and the part of gradient checkpointing that is the same for every network.
 
     `net` has `channels`, `strides`, a `grad_checkpointing` flag and returns the list of maps. `mean` and
-    `std` of RGB values 0…1 are what its weights were trained with: ImageNet's, or what timm says.
+    `std` of RGB values 0…1 are what its weights were trained with: ImageNet's, or what timm says. Maps finer
+    than `finest_stride` are left out. A frozen one learns nothing, keeps BatchNorm's statistics and no graph.
     """
 
-    def __init__(self, net: Any) -> None:
+    def __init__(self, net: Any, finest_stride: int | None = None, frozen: bool = False) -> None:
         super().__init__()
         self.net = net
-        self.channels: list[int] = net.channels
-        self.strides: list[int] = net.strides
+        strides: list[int] = net.strides
+        if finest_stride is not None and finest_stride not in strides:
+            raise UserError(
+                f"decode_head.stride {finest_stride} is not possible: the backbone has maps at strides"
+                f" {', '.join(map(str, sorted(set(strides))))}"
+            )
+        self.first = 0 if finest_stride is None else strides.index(finest_stride)
+        self.channels: list[int] = net.channels[self.first :]
+        self.strides: list[int] = strides[self.first :]
+        self.frozen = frozen
+        if frozen:
+            self.requires_grad_(False).eval()
         trained = getattr(net, "pretrained_cfg", {})
         self.mean: tuple[float, ...] = tuple(trained.get("mean", IMAGENET_DEFAULT_MEAN))
         self.std: tuple[float, ...] = tuple(trained.get("std", IMAGENET_DEFAULT_STD))
         self.grad_checkpointing = False
         self.momenta: dict[str, float | None] = {}
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Frozen, it stays as it is in evaluation."""
+        return super().train(mode and not self.frozen)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: blocks are computed again in backward. Same loss, gradients, statistics."""
@@ -61,7 +76,8 @@ class Backbone(nn.Module):
         repair = bool(self.momenta) and self.grad_checkpointing and not torch.compiler.is_compiling()
         if repair:
             self.set_momenta(on=True)
-        maps = self.net(image)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = self.net(image)[self.first :]
         if repair:
             self.set_momenta(on=False)
         return maps
@@ -105,20 +121,28 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_backbone(name: str, *, drop_path: float = 0.0, output_stride: int = 32) -> Backbone:
+def build_backbone(
+    name: str,
+    *,
+    drop_path: float = 0.0,
+    output_stride: int = 32,
+    finest_stride: int | None = None,
+    frozen: bool = False,
+) -> Backbone:
     """Build a backbone with random weights: a name in BACKBONES, or `timm:<name>` for any other of timm's.
 
     drop_path: rate of stochastic depth at the last block, growing linearly from 0 (not for HRNet).
     output_stride: 8, 16 or 32; below 32 the last stages are dilated (ResNets only).
+    finest_stride, frozen: as in Backbone.
     Errors: UserError for an unknown name, and for a setting that the backbone does not have.
     """
     if output_stride != 32 and name not in RESNETS:
         raise UserError(f"backbone.output_stride {output_stride} needs a ResNet: {name} has only 32")
     if name.startswith("timm:"):
-        return Backbone(TimmFeatures(name.removeprefix("timm:"), drop_path))
+        return Backbone(TimmFeatures(name.removeprefix("timm:"), drop_path), finest_stride, frozen)
     if name not in BACKBONES:
         raise UserError(
             f"backbone.name {name!r} is unknown: choose one of {', '.join(BACKBONES)} or timm:<name>"
         )
     options = {"output_stride": output_stride} if name in RESNETS else {}
-    return Backbone(BACKBONES[name](drop_path=drop_path, **options))
+    return Backbone(BACKBONES[name](drop_path=drop_path, **options), finest_stride, frozen)

@@ -28,6 +28,8 @@ def build_model(
         config.backbone.name,
         drop_path=config.backbone.drop_path,
         output_stride=config.backbone.output_stride,
+        finest_stride=config.decode_head.stride,
+        frozen=config.backbone.frozen,
     )
     backbone.set_grad_checkpointing(config.backbone.grad_checkpointing)
     if config.decode_head.name == "official":
@@ -40,6 +42,7 @@ def build_model(
         dim=config.decode_head.dim,
         dropout=config.decode_head.dropout,
     )
+    head.every_map &= config.decode_head.stride is None
     dim = cast(int, head.dim)
     classifier: nn.Module
     if config.classifier == "linear":

@@ -120,16 +120,18 @@ class Segmenter(nn.Module):
         width = {"embedding": self.decode_head.dim, "last": channels[-1], "maps": sum(channels)}
         self.projection = ProjectionHead(cast(int, width[self.projection_input]), dim)
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """The backbone's maps of images with values 0…255."""
+    def maps(self, images: Tensor | list[Tensor]) -> list[Tensor]:
+        """The backbone's maps of images with values 0…255; maps in place of images pass through."""
+        if isinstance(images, list):
+            return [x.to(self.mean.dtype) for x in images]
         return self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor | list[Tensor]) -> Tensor:
         """Embedding map (B, D, h, w), which the classifier gets."""
         return self.decode_head(self.maps(images))[0]
 
     def forward(
-        self, images: Tensor, labels: Tensor | None = None, scales: LossScales | None = None
+        self, images: Tensor | list[Tensor], labels: Tensor | None = None, scales: LossScales | None = None
     ) -> Tensor | StepOutput:
         maps = self.maps(images)
         embedding, auxiliary = self.decode_head(maps)

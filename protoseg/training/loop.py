@@ -1,6 +1,7 @@
 """The loop around the step: resume, evaluate, save, report, and leave cleanly when told to."""
 
 import signal
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from protoseg.data.datasets import open_dataset
 from protoseg.data.file_dataset import Dataset
 from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
-from protoseg.evaluation.inference import segment
+from protoseg.evaluation.inference import Prediction, most_likely, segment
 from protoseg.evaluation.scores import Scores, evaluate
 from protoseg.evaluation.tables import print_scores
 from protoseg.figures.sample_figures import sample_figure
@@ -24,6 +25,7 @@ from protoseg.runtime.console import clock
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import make_folder, write_json, write_text
 from protoseg.runtime.signals import Interrupted, StopSignals
+from protoseg.training.feature_cache import FeatureCache, cache_folder
 from protoseg.training.log import Meter, RunLog, environment, health_line, peak_memory_gb, progress_line
 from protoseg.training.resume import checkpoint_to_resume, require_same_config, restore, save, weights
 from protoseg.training.step import Run, build_run, train_step
@@ -52,6 +54,8 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
         report = load_backbone_weights(run.model.backbone, config.backbone.name, config.backbone.weights)
         if report and distributed.is_main():
             print(report)
+    if config.data.cache_features:
+        train_set, val_set = keep_features(run, train_set, val_set)
     log = None
     if distributed.is_main():
         make_folder(out)
@@ -74,6 +78,21 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
     return results
 
 
+def keep_features(run: Run, train_set: Dataset, val_set: Dataset) -> tuple[Dataset, Dataset]:
+    """The datasets with the frozen backbone's maps in place of their images; what is missing is computed."""
+    started, folder = time.perf_counter(), cache_folder(run.model, run.config)
+    run.train_features = FeatureCache(train_set, folder, run.config.data.crop)
+    run.val_features = FeatureCache(val_set, folder, None)
+    count = sum(
+        each.fill(run.model, run.config, run.device) for each in (run.train_features, run.val_features)
+    )
+    distributed.barrier()
+    run.seconds += time.perf_counter() - started
+    if distributed.is_main():
+        print(f"{folder}: features of {count} images computed in {clock(time.perf_counter() - started)}")
+    return run.train_features, run.val_features
+
+
 def require_class_weights(config: Config, classes: int) -> None:
     """Errors: UserError if there are class weights, but not one per class."""
     weights = config.loss.class_weights
@@ -89,7 +108,9 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
     d = config.data
     loader = train_loader(
         train_set,
-        TrainTransform(d, train_set.ignore_index, run.model.mean_colour),
+        TrainTransform(d, train_set.ignore_index, run.model.mean_colour)
+        if run.train_features is None
+        else unchanged,
         d,
         iterations=config.train.iterations,
         start=run.step,
@@ -123,6 +144,10 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
                 )
             if run.step % config.checkpoint.interval == 0 or last:
                 save(run, out)
+
+
+def unchanged(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return image, label
 
 
 def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> dict[str, Any]:
@@ -164,15 +189,24 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
         nonlocal pictures
         if log and pictures:
             pictures -= 1
+            if run.val_features is not None:
+                sample = (run.val_features.dataset.read(int(sample[0]))[0], *sample[1:])
             image, label, prediction = (tensor.numpy() for tensor in sample)
             figure = sample_figure(
                 image.transpose(1, 2, 0), label, prediction, run.classes, run.palette, run.model.ignore_index
             )
             log.figure(f"samples/{name.replace('/', '_')}_{run.step:06d}", figure, run.step)
 
+    def predict(image: torch.Tensor, size: tuple[int, int]) -> Prediction:
+        if run.val_features is None:
+            return segment(run.model, image, size)
+        with torch.inference_mode():
+            logits = run.model(run.val_features.maps(image, run.device))
+        return Prediction(most_likely([logits[0].float()], size)[0], None, None)
+
     with autocast(run.config, run.device):
         scores = evaluate(
-            lambda image, size: segment(run.model, image, size),
+            predict,
             val_loader,
             run.classes,
             run.model.ignore_index,

@@ -19,6 +19,7 @@ from protoseg.models.build import build_model
 from protoseg.models.segmenter import Segmenter, StepOutput, autocast, frozen_running_stats
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
+from protoseg.training.feature_cache import FeatureCache
 from protoseg.training.optimizer import build_optimizer, build_schedule
 
 
@@ -39,6 +40,8 @@ class Run:
     seconds: float = 0.0  # spent training, without evaluation
     unseen: set[int] = field(default_factory=set)  # classes whose prototypes do not hold data yet
     contrast: PixelContrast | None = None  # pixel contrast's memories; outside the DDP module
+    train_features: FeatureCache | None = None  # what the frozen backbone makes of the images, if kept
+    val_features: FeatureCache | None = None
     empty_steps: int = 0  # steps in which contrast found no anchor with a positive and a negative
 
 
@@ -139,7 +142,7 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     Errors: NonFiniteLoss, before weights, optimiser or prototypes have changed.
     """
     run.parallel.train()
-    micro = [to_device(part, run.device) for part in split(batch, run.config)]
+    micro = [to_device(part, run) for part in split(batch, run.config)]
     start_prototypes_(run, micro)
     if run.model.prototypes is not None and run.unseen:
         micro = [part._replace(label=run.model.prototypes.known(part.label)) for part in micro]
@@ -191,9 +194,11 @@ def add_contrast_(run: Run, output: StepOutput, indices: Tensor, parts: int) -> 
     return found.projected
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch where the model is, labels and indices int64."""
-    image, label, index = (tensor.to(device, non_blocking=True) for tensor in batch)
+def to_device(batch: Batch, run: Run) -> Batch:
+    """A batch where the model is, labels and indices int64; maps in place of images if they are cached."""
+    image, label, index = (tensor.to(run.device, non_blocking=True) for tensor in batch)
+    if run.train_features is not None:
+        image = run.train_features.maps(batch.index, run.device)
     return Batch(image, label.long(), index)
 
 

@@ -284,3 +284,20 @@ def test_what_a_backbone_cannot_do_is_a_user_error(name: str, options: dict[str,
 def test_network_that_takes_smaller_images_only_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"mvitv2_tiny does not take images of any size \(.+\); choose"):
         build_backbone("timm:mvitv2_tiny")
+
+
+def test_frozen_and_without_the_finest_maps() -> None:
+    torch.manual_seed(0)
+    whole = build_backbone("resnet18").eval()
+    part = build_backbone("resnet18", finest_stride=8, frozen=True)
+    part.load_state_dict(whole.state_dict())
+    assert (part.channels, part.strides) == (whole.channels[1:], [8, 16, 32])
+    before = copy.deepcopy(part.state_dict())
+    image = torch.randn(2, 3, 33, 49, requires_grad=True)
+    part.train()
+    for got, want in zip(part(image), whole(image)[1:], strict=True):
+        assert torch.equal(got, want)  # BatchNorm as in evaluation
+        assert not got.requires_grad
+    assert not any(p.requires_grad for p in part.parameters())
+    for name, value in part.state_dict().items():
+        assert torch.equal(value, before[name]), name
