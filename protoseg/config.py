@@ -41,6 +41,10 @@ class DataConfig(Section):
     ignore_index: Annotated[int, Field(ge=0)] | None = None
     label_map: dict[int, int | str] | None = None  # raw id → class id, class name or "ignore"
     exclude: Path | None = None  # text file of images or labels to leave out, one per line
+    exif: Literal["apply", "ignore"] = "apply"  # turn images as their orientation tag says, as viewers do
+    value_range: Literal["auto"] | tuple[float, float] = "auto"  # what becomes 0 and 255; auto: see README
+    bands: tuple[Positive, Positive, Positive] | None = None  # of files with more than three, from 1
+    page: Positive | None = None  # of files with more than one, from 1
     crop: tuple[Positive, Positive] = (512, 512)  # height, width
     scale: tuple[float, float] = (0.5, 2.0)
     cat_max_ratio: Probability = 0.75  # no class may fill more of a crop; 1 switches the rule off
@@ -67,9 +71,11 @@ class DataConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _scale_is_a_range(self) -> "DataConfig":
+    def _ranges_ascend(self) -> "DataConfig":
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be [low, high] with 0 < low ≤ high, not {list(self.scale)}")
+        if self.value_range != "auto" and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range must be [low, high] with low < high, not {list(self.value_range)}")
         return self
 
 

@@ -20,12 +20,14 @@ HOUSE = {
     "runtime": ["errors signals", "distributed files console shipped"],
     "config": [],
     "data": [
-        "reading.label_ids reading.decode classes.ade20k_full classes.palette transforms",
-        "reading.pairing classes.published file_dataset digits",
+        "reading.pixels reading.label_ids classes.ade20k_full classes.palette transforms",
+        "reading.value_range classes.published digits",
+        "reading.decode",
+        "reading.pairing file_dataset",
         "order specs doctor.facts",
         "loader datasets doctor.class_table doctor.label_map_advice",
         "doctor.diagnosis doctor.prepare",
-        "doctor.report",
+        "doctor.image_diagnosis doctor.report",
         "doctor.check",
     ],
     "models": [

@@ -27,8 +27,9 @@ from protoseg.commands.prediction_files import (
     write_maps,
 )
 from protoseg.commands.video import VideoWriter, pyav, read_frames
+from protoseg.config import merge_into_trained
 from protoseg.data.classes.palette import overlay
-from protoseg.data.datasets import dataset_spec
+from protoseg.data.datasets import dataset_spec, image_reader
 from protoseg.data.reading.decode import read_image
 from protoseg.data.reading.label_ids import LabelMap, export_ids
 from protoseg.evaluation.inference import InferenceSettings, Prediction, protocol_for, segment
@@ -56,9 +57,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--raw-ids", action="store_true", help="labels hold the dataset's own ids, as test servers want them"
     )
+    parser.add_argument("--page", type=int, metavar="N", help="of files with several pages, from 1")
+    parser.add_argument(
+        "--bands", nargs=3, type=int, metavar=("R", "G", "B"), help="of files with more than three, from 1"
+    )
+    parser.add_argument(
+        "--value-range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="values that become black and white (default: as in training)",
+    )
     args = parser.parse_intermixed_args(arguments)
     sources = find_sources(args.inputs, args.out)
     model, config, content = load_segmenter(args.run)
+    given = {"page": args.page, "bands": args.bands, "value_range": args.value_range}
+    config = merge_into_trained(config, [f"data.{key}={value}" for key, value in given.items() if value])
     if args.prototypes and model.prototypes is None:
         raise UserError(f"--prototypes: {args.run} has a linear classifier; leave the option out")
     device = distributed.setup()
@@ -79,7 +93,15 @@ def main(arguments: Sequence[str]) -> None:
         progress("predict") as on_progress,
         autocast(config, device),
     ):
-        failures = predict_sources(model.to(device), sources, outputs, device, protocol_of(args), on_progress)
+        failures = predict_sources(
+            model.to(device),
+            sources,
+            outputs,
+            device,
+            protocol_of(args),
+            on_progress,
+            image_reader(config.data),
+        )
     if failures and len(sources) == 1:
         raise UserError(failures[0])
     for failure in failures:
@@ -98,6 +120,7 @@ def predict_sources(
     device: torch.device,
     protocol: InferenceSettings,
     on_progress: Callable[[int, int | None], None] | None = None,
+    read_image: Callable[[Path], Tensor] = read_image,
 ) -> list[str]:
     """Predicts every source and writes the results; returns one message for each that could not be read.
 
@@ -121,6 +144,12 @@ def predict_sources(
             prototypes=outputs.prototypes,
         )
 
+    def read(source: Source) -> Tensor | str:
+        try:
+            return read_image(Path(source.path))
+        except UserError as error:
+            return str(error)
+
     def tick() -> None:
         nonlocal done
         done += 1
@@ -128,7 +157,7 @@ def predict_sources(
             on_progress(done, total)
 
     with ThreadPoolExecutor(READERS) as readers, Writers() as writers:
-        for source, image in zip(images, ahead(readers, _read_or_message, images)):
+        for source, image in zip(images, ahead(readers, read, images)):
             if isinstance(image, str):
                 failures.append(image)
             else:
@@ -187,10 +216,3 @@ def _predict_video(
 
 def _encode(video: VideoWriter, picture: NDArray[np.uint8], classes: NDArray, palette: Palette) -> None:
     video.add(overlay(picture, classes, palette))
-
-
-def _read_or_message(source: Source) -> Tensor | str:
-    try:
-        return read_image(Path(source.path), upright=True)
-    except UserError as error:
-        return str(error)

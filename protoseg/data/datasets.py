@@ -9,8 +9,10 @@ from protoseg.config import Config, DataConfig, config_from
 from protoseg.data import digits
 from protoseg.data.classes.palette import default_palette
 from protoseg.data.file_dataset import Dataset, FileDataset
+from protoseg.data.reading.decode import ImageReader
 from protoseg.data.reading.label_ids import IGNORE, LabelIds
 from protoseg.data.reading.pairing import Split, check_pairing, pair_files, read_excluded
+from protoseg.data.reading.value_range import measure_range
 from protoseg.data.specs import DATASETS, DatasetSpec, folder_split
 from protoseg.runtime.errors import UserError
 
@@ -21,7 +23,7 @@ def build_dataset(name: str, *, split: str, root: str | Path | None = None, **se
     Raises UserError, one line, for anything wrong with the names or the files.
     """
     config = config_from({"data": {"name": name, "root": root, **settings}}, "build_dataset")
-    return open_dataset(config, split)
+    return open_dataset(measured(config, split), split)
 
 
 def open_dataset(config: Config, split: str) -> Dataset:
@@ -38,7 +40,34 @@ def open_dataset(config: Config, split: str) -> Dataset:
         check_pairing(pairing, part)
         prefix = f"{part}/" if "+" in split else ""
         files |= {prefix + stem: pair for stem, pair in pairing.pairs.items()}
-    return FileDataset(files, spec.classes, spec.colours, label_ids(spec), spec.read_ids)
+    return FileDataset(files, spec.classes, spec.colours, label_ids(spec), spec.read_ids, image_reader(data))
+
+
+def measured(config: Config, split: str | None = None) -> Config:
+    """With numbers for `data.value_range: auto`, measured over the training split, where images are deep.
+
+    Images of 8 bits need none: then it stays auto. `split` stands in for a training split that is not there.
+    """
+    data = config.data
+    if data.value_range != "auto" or data.name == "digits":
+        return config
+    try:
+        dataset = open_dataset(config, data.train_split)
+    except UserError:
+        if split is None:
+            raise
+        dataset = open_dataset(config, split)
+    assert isinstance(dataset, FileDataset)
+    value_range = measure_range([image for image, _ in dataset.files], dataset.read_image.pixels)
+    if value_range is None:
+        return config
+    return config.model_copy(update={"data": data.model_copy(update={"value_range": value_range})})
+
+
+def image_reader(data: DataConfig) -> ImageReader:
+    """How the images of a dataset are read: alike in training, evaluation and prediction."""
+    value_range = None if data.value_range == "auto" else data.value_range
+    return ImageReader(data.exif == "apply", value_range, data.bands, data.page)
 
 
 def data_root(data: DataConfig) -> Path:

@@ -1,6 +1,7 @@
 """Samples read from image and label files."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from protoseg.data.classes.palette import Palette
-from protoseg.data.reading.decode import read_image
+from protoseg.data.reading.decode import ImageReader
 from protoseg.data.reading.label_ids import LabelIds
 from protoseg.runtime.errors import UserError
 
@@ -47,6 +48,7 @@ class FileDataset:
         palette: Palette,
         ids: LabelIds,
         read_ids: ReadIds,
+        read_image: ImageReader,
     ) -> None:
         self.names = list(files)
         self.files = list(files.values())
@@ -55,6 +57,7 @@ class FileDataset:
         self.ignore_index = ids.ignore_index
         self._ids = ids
         self._read_ids = read_ids
+        self.read_image = read_image
 
     def __len__(self) -> int:
         return len(self.files)
@@ -68,8 +71,8 @@ class FileDataset:
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image_file, label_file = self.files[index]
-        image, label = read_image(image_file), self.label(index)
-        check_sizes(image.shape[1:], label.shape, image_file, label_file)
+        image, label = self.read_image(image_file), self.label(index)
+        check_sizes(image.shape[1:], label.shape, image_file, label_file, self.read_image)
         return image, label
 
     def label(self, index: int) -> torch.Tensor:
@@ -130,11 +133,30 @@ def in_short(names: Sequence[str], longest: int = 5) -> str:
     return ", ".join(names[:longest]) + (f", … ({len(names)})" if len(names) > longest else "")
 
 
-def check_sizes(image: tuple[int, ...], label: tuple[int, ...], image_file: Path, label_file: Path) -> None:
+def check_sizes(
+    image: tuple[int, ...],
+    label: tuple[int, ...],
+    image_file: Path,
+    label_file: Path,
+    read_image: ImageReader,
+) -> None:
     """Raises UserError where (height, width) of an image and its label differ."""
-    if tuple(image) != tuple(label):
-        turned = " (is the photograph turned by its EXIF tag?)" if tuple(image) == tuple(label[::-1]) else ""
-        raise UserError(
-            f"{label_file}: label is {label[1]} x {label[0]} pixels, its image {image_file} is "
-            f"{image[1]} x {image[0]}{turned}; export both at the same size"
-        )
+    if tuple(image) == tuple(label):
+        return
+    advice = "export both at the same size"
+    if tuple(image) == tuple(label[::-1]):
+        other = replace(read_image, upright=not read_image.upright).pixels(image_file)
+        advice = turned_advice(read_image.upright, other.values.shape[1:] == tuple(label))
+    raise UserError(
+        f"{label_file}: label is {label[1]} x {label[0]} pixels, its image {image_file} is "
+        f"{image[1]} x {image[0]}; {advice}"
+    )
+
+
+def turned_advice(upright: bool, other_fits: bool) -> str:
+    """What to do where an image is turned against its label; `other_fits`: its EXIF tag decides."""
+    if not other_fits:
+        return "one of the two is turned and the image has no EXIF tag that says so: export them alike"
+    if upright:
+        return "the label fits the image as it was before its EXIF tag turned it: say data.exif: ignore"
+    return "the label fits the image as its EXIF tag turns it: say data.exif: apply"

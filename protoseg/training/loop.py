@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import yaml
 
-from protoseg.config import Config, to_plain
-from protoseg.data.datasets import open_dataset
+from protoseg.config import Config, config_from, to_plain
+from protoseg.data.datasets import measured, open_dataset
 from protoseg.data.file_dataset import Dataset
 from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
@@ -41,6 +41,12 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
     device = distributed.setup()
     checkpoint = checkpoint_to_resume(out, resume)
     content = load_checkpoint(checkpoint) if checkpoint else None
+    if content is not None and config.data.value_range == "auto":  # measured once, when training began
+        stored = config_from(content["config"], str(checkpoint)).data.value_range
+        data = config.data.model_copy(update={"value_range": stored})
+        config = config.model_copy(update={"data": data})
+    elif content is None:
+        config = measured(config)
     if content is not None:
         require_same_config(content["config"], config, checkpoint)
     train_set, val_set = (

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 from protoseg.config import DataConfig
-from protoseg.data.datasets import data_root, dataset_spec, find_split, label_ids
+from protoseg.data.datasets import data_root, dataset_spec, find_split, image_reader, label_ids
 from protoseg.data.doctor.class_table import class_table
 from protoseg.data.doctor.diagnosis import diagnose, diagnose_classes, diagnose_pairing
 from protoseg.data.doctor.facts import read_facts
+from protoseg.data.doctor.image_diagnosis import diagnose_turned, diagnose_values, measured_range
 from protoseg.data.doctor.label_map_advice import advise_label_map
 from protoseg.data.doctor.report import DataReport
 from protoseg.data.reading.pairing import pair_files, read_excluded
@@ -30,12 +31,14 @@ def check_dataset(
     splits = dict.fromkeys([*training, *data.val_split.split("+")])
     pairings = {split: pair_files(root, find_split(data, split), spec.homepage, excluded) for split in splits}
     pairs = [(split, *pair) for split, pairing in pairings.items() for pair in pairing.pairs.values()]
-    facts = read_facts(root, spec.read_ids, pairs, threads, on_progress)
+    facts = read_facts(root, image_reader(data), spec.read_ids, pairs, threads, on_progress)
     trained_on = [f for f in facts if f.split in training]
     rows, ignored = class_table(trained_on, ids, spec.classes)
     findings = [
         *diagnose_pairing(root, pairings),
         *diagnose(facts, ids, spec.classes, spec.colours),
+        *diagnose_turned(facts, data.exif == "apply"),
+        *diagnose_values(facts, trained_on, image_reader(data).value_range),
         *diagnose_classes(rows, data.train_split, any(f.id_counts for f in trained_on)),
     ]
     bad = {file for finding in findings if finding.severity == "error" for file in finding.files}
@@ -46,6 +49,7 @@ def check_dataset(
         findings=sorted(findings, key=lambda finding: finding.severity),  # errors first
         classes=rows,
         ignored_share=ignored / max(1, ignored + sum(row.pixels for row in rows)),
+        value_range=image_reader(data).value_range or measured_range(trained_on),
         advised_label_map=advise_label_map(facts, ids, len(spec.classes)),
         bad_files=sorted(bad),
     )

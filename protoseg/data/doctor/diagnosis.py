@@ -36,7 +36,6 @@ def diagnose(
     return [
         *_unreadable(facts),
         *_colour_masks(facts, palette),
-        *_sizes(facts),
         *_unknown_ids(facts, ids, len(classes)),
         *_binary_masks(facts, ids, len(classes)),
         *_mixed_bits(facts),
@@ -69,17 +68,6 @@ def _colour_masks(facts: Sequence[FileFacts], palette: Palette) -> list[Finding]
         advice = f"replace each colour by its class id; some of the colours: {sorted(colours)[:4]}"
     text = f"{len(masks)} label(s) are colour masks, wants one channel of class ids; {advice}"
     return [Finding("colour mask", "error", text, tuple(f.label for f in masks))]
-
-
-def _sizes(facts: Sequence[FileFacts]) -> list[Finding]:
-    bad = [f for f in facts if f.id_counts and f.digest and f.image_size != f.label_size]
-    if not bad:
-        return []
-    (ih, iw), (lh, lw) = bad[0].image_size, bad[0].label_size
-    turned = all(f.image_size == f.label_size[::-1] for f in bad)
-    why = " (turned: an EXIF rotation that the label does not have?)" if turned else ""
-    text = f"{len(bad)} label(s) differ in size from their image, the first: {lw} x {lh} for {iw} x {ih}{why}"
-    return [Finding("size mismatch", "error", text, tuple(f.label for f in bad))]
 
 
 def _unknown_ids(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> list[Finding]:

@@ -13,7 +13,9 @@ from einops import rearrange
 
 from protoseg.data.classes.palette import Palette
 from protoseg.data.file_dataset import ReadIds
-from protoseg.data.reading.decode import read_image, read_label_ids
+from protoseg.data.reading.decode import ImageReader, read_label_ids
+from protoseg.data.reading.decode import read_image as read_colours
+from protoseg.data.reading.value_range import Extremes, extremes
 from protoseg.runtime.errors import UserError
 
 COLOUR_MASK = "colour mask"  # the error of a label that holds colours
@@ -32,12 +34,15 @@ class FileFacts:
     label_size: tuple[int, int] = (0, 0)
     label_bits: int = 8
     digest: str = ""  # of the image's pixels
+    orientation: int = 1  # its EXIF tag
+    extremes: Extremes | None = None  # of the image's values
     id_counts: Mapping[int, int] = field(default_factory=dict)  # raw id → pixels
     colours: Palette = ()  # of a label that is a colour mask, the first few
 
 
 def read_facts(
     root: Path,
+    read_image: ImageReader,
     read_ids: ReadIds,
     pairs: Sequence[tuple[str, Path, Path]],  # split, image, label
     threads: int,
@@ -46,20 +51,23 @@ def read_facts(
     """Facts about every pair, in order; `on_progress(done, total)` is called after each."""
     facts: list[FileFacts] = []
     with ThreadPoolExecutor(threads) as pool:
-        for each in pool.map(lambda pair: _inspect(root, read_ids, *pair), pairs):
+        for each in pool.map(lambda pair: _inspect(root, read_image, read_ids, *pair), pairs):
             facts.append(each)
             if on_progress is not None:
                 on_progress(len(facts), len(pairs))
     return facts
 
 
-def _inspect(root: Path, read_ids: ReadIds, split: str, image_file: Path, label_file: Path) -> FileFacts:
+def _inspect(
+    root: Path, read_image: ImageReader, read_ids: ReadIds, split: str, image_file: Path, label_file: Path
+) -> FileFacts:
     """Facts about one pair of files; what cannot be read is a fact too."""
     known: dict[str, Any] = {}
     try:
-        image = read_image(image_file)
-        known["image_size"] = tuple(image.shape[1:])
-        known["digest"] = hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest()
+        values, orientation = read_image.pixels(image_file)
+        known["image_size"] = values.shape[1:]
+        known["digest"] = hashlib.blake2b(values.tobytes(), digest_size=16).hexdigest()
+        known |= {"orientation": orientation, "extremes": extremes(values)}
     except UserError as error:
         known["image_error"] = str(error).replace(f"{root}/", "")
     try:
@@ -84,7 +92,7 @@ def _count(raw: np.ndarray) -> dict[int, int]:
 
 
 def _colours(path: Path) -> Palette:
-    pixels = rearrange(read_image(path), "c h w -> (h w) c")
+    pixels = rearrange(read_colours(path), "c h w -> (h w) c")
     few = torch.unique(pixels[:: max(1, len(pixels) // 20000)], dim=0)[:64]
     return tuple((r, g, b) for r, g, b in few.tolist())
 

@@ -14,7 +14,7 @@ from PIL import Image
 from protoseg.config import DataConfig
 from protoseg.data.datasets import data_root, dataset_spec, find_split, label_ids
 from protoseg.data.file_dataset import check_sizes
-from protoseg.data.reading.decode import read_ade20k_ids, read_image
+from protoseg.data.reading.decode import ImageReader, read_ade20k_ids
 from protoseg.data.reading.label_ids import LabelIds
 from protoseg.data.reading.pairing import check_pairing, pair_files
 from protoseg.data.specs import DATASETS
@@ -22,6 +22,7 @@ from protoseg.runtime.files import whole_file
 
 SHORTER_SIDE = 512
 RAW, CONVERTED = "ade20k_full_847", "ade20k_full_847_tif"
+READ = ImageReader()
 
 
 def prepare_ade20k_full(
@@ -60,9 +61,9 @@ def prepare_ade20k_full(
 def _convert(ids: LabelIds, image_file: Path, label_file: Path, new_image: Path, new_label: Path) -> bool:
     if new_image.exists() and new_label.exists():
         return False
-    image = Image.fromarray(rearrange(read_image(image_file).numpy(), "c h w -> h w c"))
+    image = Image.fromarray(rearrange(READ(image_file).numpy(), "c h w -> h w c"))
     label = ids.to_classes(read_ade20k_ids(label_file), label_file)
-    check_sizes((image.height, image.width), label.shape, image_file, label_file)
+    check_sizes((image.height, image.width), label.shape, image_file, label_file, READ)
     scale = SHORTER_SIDE / min(image.size)
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))

@@ -11,6 +11,7 @@ from rich.table import Table
 from protoseg.data.doctor.class_table import ClassRow
 from protoseg.data.doctor.diagnosis import Finding
 from protoseg.data.reading.label_ids import LabelMap
+from protoseg.data.reading.value_range import Range
 from protoseg.runtime.files import write_text
 
 
@@ -24,6 +25,7 @@ class DataReport:
     findings: list[Finding]
     classes: list[ClassRow]  # over the first split, with its joined parts: what is trained on
     ignored_share: float  # of the first split's pixels
+    value_range: Range | None = None  # of images with more than 8 bits: what becomes 0 and 255
     advised_label_map: LabelMap | None = None
     bad_files: list[str] = field(default_factory=list)  # relative to the root, for data.exclude
 
@@ -63,6 +65,15 @@ def print_report(report: DataReport, console: Console | None = None) -> None:
         table.add_row(escape(row.name), f"{row.pixels:,}", *map(str, values))
     console.print(table)
     console.print(f"ignored: {report.ignored_share:.2%} of the pixels", highlight=False)
+    if report.value_range is not None:
+        low, high = report.value_range
+        console.print(
+            f"images have more than 8 bits: {low:g} becomes black and {high:g} white; to keep it so when"
+            f" images are added, below data: in the config: value_range: [{low:g}, {high:g}]",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     if report.advised_label_map is not None:
         entries = ", ".join(f"{raw}: {target}" for raw, target in report.advised_label_map.items())
         line = f"advised, below data: in the config: label_map: {{{entries}}}"

@@ -1,43 +1,68 @@
-"""Reading one image or label file: JPEG and PNG by torchvision; the rest, palettes and few bits by Pillow."""
+"""Reading one image or label file: an image as 8-bit RGB, a label as the ids that it stores."""
 
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 from torchvision import io
 
+from protoseg.data.reading.pixels import (
+    PNG_SIGNATURE,
+    TIFF_SIGNATURES,
+    StoredImage,
+    full_pages,
+    read_pixels,
+)
+from protoseg.data.reading.value_range import Range, to_bytes
 from protoseg.runtime.errors import UserError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 LABEL_ENDINGS = (".png", ".tif", ".tiff")
-Image.MAX_IMAGE_PIXELS = None  # a guard against uploads, but these are the user's own files
 _PNG_COLOUR = {2: "RGB", 4: "grey with alpha", 6: "RGBA"}
 
 
-def read_image(path: Path, *, upright: bool = False) -> torch.Tensor:
-    """Image file as (3, H, W) uint8 RGB. Grey is repeated, alpha dropped, 16 bits become 8.
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the images of one dataset, all with the same settings: see `read_image`."""
 
-    `upright` applies the EXIF rotation. A dataset's images are read without: its labels are taken to be drawn
-    on the stored pixels. (TIFF is always turned, by Pillow.) Raises UserError if unreadable.
+    upright: bool = True
+    value_range: Range | None = None
+    bands: tuple[int, ...] | None = None
+    page: int | None = None
+
+    def __call__(self, path: Path) -> torch.Tensor:
+        return read_image(path, **vars(self))
+
+    def pixels(self, path: Path) -> StoredImage:
+        """As stored in the file, in its depth. Raises UserError if it is unreadable."""
+        with _one_line(path, "image"):
+            return read_pixels(path, upright=self.upright, bands=self.bands, page=self.page)
+
+
+def read_image(
+    path: Path,
+    *,
+    upright: bool = True,
+    value_range: Range | None = None,
+    bands: Sequence[int] | None = None,
+    page: int | None = None,
+) -> torch.Tensor:
+    """Image file as (3, H, W) uint8 RGB: grey is repeated, alpha dropped.
+
+    `upright`: turned as its EXIF tag says, as viewers do. value_range: the values that become 0 and 255; by
+    default 16 bits become the upper 8. bands, page: which of a TIFF, counted from 1. Raises UserError if the
+    file is unreadable, or has several pages, more than three bands or an unknown range and nothing is chosen.
     """
-    try:
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            try:
-                content = io.read_file(str(path))
-                image = io.decode_image(content, mode=io.ImageReadMode.RGB, apply_exif_orientation=upright)
-            except RuntimeError:
-                pass  # unknown to torchvision or broken: Pillow decides and says why
-            else:
-                return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)
-        return _pillow_rgb(path, upright)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for some broken PNGs
-        raise UserError(
-            f"{path}: cannot read this image ({_reason(error, path)}); replace or remove it"
-        ) from None
+    with _one_line(path, "image"):
+        stored = read_pixels(path, upright=upright, bands=bands, page=page)
+        return torch.from_numpy(to_bytes(stored.values, value_range))
 
 
 def read_label_ids(path: Path) -> NDArray[np.integer]:
@@ -45,9 +70,9 @@ def read_label_ids(path: Path) -> NDArray[np.integer]:
 
     Raises UserError for an unreadable file and for one that holds colours instead of ids.
     """
-    try:
+    with _one_line(path, "label"):
         header = path.open("rb").read(26)
-        if header[:8] == b"\x89PNG\r\n\x1a\n" and len(header) == 26:
+        if header[:8] == PNG_SIGNATURE and len(header) == 26:
             depth, colour = struct.unpack("BB", header[24:26])
             if colour in _PNG_COLOUR:
                 raise _colour_mask(path, _PNG_COLOUR[colour])
@@ -61,25 +86,17 @@ def read_label_ids(path: Path) -> NDArray[np.integer]:
             return ids // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else ids
         if header[:3] == b"\xff\xd8\xff":
             raise ValueError("a JPEG file, whose compression changes ids: export labels as PNG")
+        if header[:4] in TIFF_SIGNATURES:
+            _require_one_page(path)
         return _pillow_ids(path)
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot read this label ({_reason(error, path)}); replace or remove it"
-        ) from None
 
 
 def read_mat_ids(path: Path) -> NDArray[np.integer]:
     """Label map of a MATLAB file as (H, W) raw ids: field S (COCO-Stuff 10k) or LabelMap (PASCAL-Context)."""
-    try:
+    with _one_line(path, "label"):
         fields = loadmat(str(path), variable_names=["S", "LabelMap"])
         ids = fields["S"] if "S" in fields else fields["LabelMap"]
         return ids.astype(np.uint16)  # stored as doubles by some files
-    except Exception as error:  # what SciPy raises depends on where the file is broken
-        raise UserError(
-            f"{path}: cannot read this label ({_reason(error, path)}); replace or remove it"
-        ) from None
 
 
 def read_ade20k_ids(path: Path) -> NDArray[np.integer]:
@@ -87,26 +104,18 @@ def read_ade20k_ids(path: Path) -> NDArray[np.integer]:
 
     Source: utils/utils_ade20k.py of github.com/CSAILVision/ADE20K.
     """
-    try:
+    with _one_line(path, "label"):
         red, green, _ = io.decode_image(io.read_file(str(path)), mode=io.ImageReadMode.RGB).numpy()
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: cannot read this label ({_reason(error, path)}); replace or remove it"
-        ) from None
     return (red // 10).astype(np.uint16) * 256 + green
 
 
-def _pillow_rgb(path: Path, upright: bool) -> torch.Tensor:
-    with Image.open(path) as opened:
-        file = ImageOps.exif_transpose(opened) if upright else opened
-        if file.mode.startswith("I"):  # 16-bit grey; convert() would clip, not scale
-            grey = (np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            array = np.repeat(grey[..., None], 3, axis=2)
-        elif file.mode == "F":
-            raise ValueError("floating-point pixels, wants 8 or 16 bits")
-        else:
-            array = np.array(file.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+def _require_one_page(path: Path) -> None:
+    import tifffile
+
+    with tifffile.TiffFile(path) as tiff:
+        count = len(full_pages(tiff))
+    if count > 1:
+        raise ValueError(f"it holds {count} pages, wants one: split it")
 
 
 def _pillow_ids(path: Path) -> NDArray[np.integer]:
@@ -126,6 +135,19 @@ def _colour_mask(path: Path, kind: str) -> UserError:
     )
 
 
+@contextmanager
+def _one_line(path: Path, what: str) -> Iterator[None]:
+    """Whatever a library raises about a file as one UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what they raise depends on where the file is broken
+        raise UserError(
+            f"{path}: cannot read this {what} ({_reason(error, path)}); mend, replace or remove it"
+        ) from None
+
+
 def _reason(error: Exception, path: Path) -> str:
     """The first line of a library's message, without the path it may repeat."""
     if isinstance(error, UnidentifiedImageError):
@@ -133,4 +155,4 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+    return lines[0][:200] if lines else type(error).__name__

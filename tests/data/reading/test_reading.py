@@ -82,19 +82,6 @@ def test_unreadable_image_is_named(tmp_path, ending, fault):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp"])
-def test_exif_rotation_only_where_it_is_asked_for(tmp_path, ending):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise
-    array = np.zeros((16, 24, 3), dtype=np.uint8)
-    array[:8] = 255
-    Image.fromarray(array).save(tmp_path / f"a{ending}", exif=exif)
-    assert read_image(tmp_path / f"a{ending}").shape == (3, 16, 24)
-    upright = read_image(tmp_path / f"a{ending}", upright=True)
-    assert upright.shape == (3, 24, 16)
-    assert upright[:, :, 12:].float().mean() > 250, "what was the upper half is now on the right"
-
-
 # ---- labels
 
 
