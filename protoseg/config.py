@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.shipped import find_config
+from protoseg.runtime.strict_yaml import parse_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -270,7 +270,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text file; give a YAML file") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: expected `key: value` lines at the top level, found {values!r:.60}")
     return values or {}
@@ -336,22 +336,12 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return names
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise UserError(f"{where}:{line} {problem}; mend the YAML") from None
-
-
 def parse_override(text: str) -> dict[str, Any]:
     """`key.sub=value` as a nested dict of known keys; errors: UserError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"override {text!r}: expected key.sub=value, for example train.iterations=1000")
-    nested: Any = _parse_yaml(value, f"override {text!r}")
+    nested: Any = parse_yaml(value, f"override {text!r}")
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}
     _check_keys(Config, nested, f"override {text!r}")

@@ -17,10 +17,10 @@ HOUSE = {
         "health editing contrast_sampling",
         "prototypes contrast",
     ],
-    "runtime": ["errors signals", "distributed files console shipped"],
+    "runtime": ["errors signals", "distributed files console shipped strict_yaml"],
     "config": [],
     "data": [
-        "reading.pixels reading.label_ids classes.ade20k_full classes.palette transforms",
+        "reading.pixels reading.label_ids reading.text_lists classes.ade20k_full classes.palette transforms",
         "reading.value_range classes.published digits",
         "reading.decode",
         "reading.pairing file_dataset",

@@ -17,6 +17,7 @@ from torch import Tensor
 from protoseg.commands.video import VIDEO_ENDINGS
 from protoseg.data.classes.palette import default_palette, overlay
 from protoseg.data.reading.decode import IMAGE_ENDINGS
+from protoseg.data.reading.text_lists import is_hidden
 from protoseg.evaluation.inference import Prediction
 from protoseg.figures.pictures import Palette
 from protoseg.runtime.errors import UserError
@@ -63,20 +64,22 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
             inside = sorted(
                 file
                 for file in path.rglob("*")
-                if _is_known(file) and not file.is_dir() and not file.resolve().is_relative_to(out)
+                if _is_known(file, given) and not file.is_dir() and not file.resolve().is_relative_to(out)
             )
             if not inside:
                 raise UserError(f"{given}: no image or video in this folder; known are {_endings()}")
             found += [(str(file), file.relative_to(path).as_posix()) for file in inside]
         elif path.is_file():
-            if not _is_known(path):
+            if not _is_known(path, given):
                 raise UserError(f"{given}: not a known kind of file; known are {_endings()}")
             found.append((given, path.name))
         elif given.isdecimal():
             found.append((given, f"webcam{given}.mp4"))
         elif glob.has_magic(given):
             matches = [
-                Path(file) for file in sorted(glob.glob(given, recursive=True)) if _is_known(Path(file))
+                Path(file)
+                for file in sorted(glob.glob(given, recursive=True))
+                if _is_known(Path(file), given)
             ]
             if not matches:
                 raise UserError(f"{given}: no image or video matches this pattern; known are {_endings()}")
@@ -164,8 +167,10 @@ def _save(picture: Image.Image, path: Path, **options: int) -> None:
         picture.save(part, format="PNG" if path.suffix == ".png" else "JPEG", **options)
 
 
-def _is_known(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS) and not path.name.startswith(".")
+def _is_known(path: Path, given: str) -> bool:
+    """Whether it is an image or video; not one in a hidden folder, unless that is what was given."""
+    hidden = any(is_hidden(part) for part in path.parts if part not in Path(given).parts)
+    return path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS) and not hidden
 
 
 def _endings() -> str:

@@ -11,7 +11,8 @@ from protoseg.data.classes.palette import default_palette
 from protoseg.data.file_dataset import Dataset, FileDataset
 from protoseg.data.reading.decode import ImageReader
 from protoseg.data.reading.label_ids import IGNORE, LabelIds
-from protoseg.data.reading.pairing import Split, check_pairing, pair_files, read_excluded
+from protoseg.data.reading.pairing import Split, check_pairing, pair_files
+from protoseg.data.reading.text_lists import is_hidden, read_excluded
 from protoseg.data.reading.value_range import measure_range
 from protoseg.data.specs import DATASETS, DatasetSpec, folder_split
 from protoseg.runtime.errors import UserError
@@ -95,7 +96,11 @@ def find_split(data: DataConfig, split: str) -> Split:
             )
         return spec.splits[split]
     images = root / "images"
-    found = sorted(p.name for p in images.iterdir() if p.is_dir()) if images.is_dir() else []
+    found = (
+        sorted(p.name for p in images.iterdir() if p.is_dir() and not is_hidden(p.name))
+        if images.is_dir()
+        else []
+    )
     if found and split not in found:
         raise UserError(
             f"data.train_split or val_split: folder {images / split} does not exist;"

@@ -8,9 +8,10 @@ from protoseg.data.doctor.class_table import class_table
 from protoseg.data.doctor.diagnosis import diagnose, diagnose_classes, diagnose_pairing
 from protoseg.data.doctor.facts import read_facts
 from protoseg.data.doctor.image_diagnosis import diagnose_turned, diagnose_values, measured_range
-from protoseg.data.doctor.label_map_advice import advise_label_map
+from protoseg.data.doctor.label_map_advice import advise_label_map, id_table
 from protoseg.data.doctor.report import DataReport
-from protoseg.data.reading.pairing import pair_files, read_excluded
+from protoseg.data.reading.pairing import pair_files
+from protoseg.data.reading.text_lists import read_excluded
 from protoseg.runtime.errors import UserError
 
 
@@ -33,6 +34,8 @@ def check_dataset(
     pairs = [(split, *pair) for split, pairing in pairings.items() for pair in pairing.pairs.values()]
     facts = read_facts(root, image_reader(data), spec.read_ids, pairs, threads, on_progress)
     trained_on = [f for f in facts if f.split in training]
+    id_rows = id_table(facts, ids, spec.classes)
+    advice = advise_label_map(id_rows, ids, len(spec.classes))
     rows, ignored = class_table(trained_on, ids, spec.classes)
     findings = [
         *diagnose_pairing(root, pairings),
@@ -50,6 +53,8 @@ def check_dataset(
         classes=rows,
         ignored_share=ignored / max(1, ignored + sum(row.pixels for row in rows)),
         value_range=image_reader(data).value_range or measured_range(trained_on),
-        advised_label_map=advise_label_map(facts, ids, len(spec.classes)),
+        ids=id_rows if any(row.meaning == "?" for row in id_rows) or advice else [],
+        advised_label_map=advice.label_map if advice else None,
+        advice_ignores=advice.ignored_share if advice else 0.0,
         bad_files=sorted(bad),
     )

@@ -91,13 +91,13 @@ def _unknown_ids(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> list[
 def _explain(every: Sequence[int], ids: LabelIds, count: int) -> str:
     step = stretch_factor(every, ids.ignore_index, count)
     if step > 255:
-        return f"ids are multiples of {step}: 8-bit ids stretched to 16 bits, see the advised label_map"
+        return f"ids are multiples of {step}: 8-bit ids stretched to 16 bits"
     if step > 1:
-        return f"ids are multiples of {step}: labels stretched for display, see the advised label_map"
+        return f"ids are multiples of {step}: labels stretched for display"
     if set(every) <= {0, 255}:
-        return "0 and 255 only: a binary mask, see the advised label_map"
+        return "0 and 255 only: a binary mask"
     if max(v for v in every if v != ids.ignore_index) == count and count not in ids.allowed:
-        return "ids run from 1 or include one more than there are classes, see the advised label_map"
+        return "ids run from 1 or include one more than there are classes"
     return "map them in data.label_map, or mend the files"
 
 
@@ -106,7 +106,7 @@ def _binary_masks(facts: Sequence[FileFacts], ids: LabelIds, count: int) -> list
     seen = {raw for f in facts for raw in f.id_counts}
     if seen != {0, 255} or ids.ignore_index != 255 or count < 2 or ids.is_class(255):
         return []
-    text = "labels hold 0 and 255 only and 255 is ignored: binary masks? see the advised label_map"
+    text = "labels hold 0 and 255 only and 255 is ignored: binary masks?"
     return [Finding("binary mask", "error", text, tuple(f.label for f in facts if 255 in f.id_counts))]
 
 
@@ -131,24 +131,28 @@ def _all_ignored(facts: Sequence[FileFacts], ids: LabelIds) -> list[Finding]:
 
 
 def _duplicates(facts: Sequence[FileFacts]) -> list[Finding]:
+    """Copies of an image, all but the first: facts begin with the split to train on, whose image stays."""
     groups = defaultdict(list)
     for f in facts:
         if f.digest:
             groups[f.digest].append(f)
-    across = [g for g in groups.values() if len({f.split for f in g}) > 1]
-    within = [g for g in groups.values() if len(g) > 1 and len({f.split for f in g}) == 1]
+    across, within = [], []
+    for first, *copies in groups.values():
+        if others := [f for f in copies if f.split != first.split]:
+            across.append((first, others[0], copies))
+        elif copies:
+            within.append((first, copies[0], copies))
     found: list[Finding] = []
     rows: tuple[tuple[list, Severity, str, str], ...] = (
-        (across, "error", "in more than one split", "scores on them mean nothing: remove one copy"),
-        (within, "warning", "twice in one split", "remove one copy"),
+        (across, "error", "in more than one split", "scores on them mean nothing: keep one copy"),
+        (within, "warning", "twice in one split", "keep one copy"),
     )
     for sets, severity, where, advice in rows:
         if sets:
-            pair = " = ".join(f.image for f in sets[0][:2])
-            text = f"{len(sets)} image(s) are {where} ({pair}); {advice}"
-            found.append(
-                Finding(f"duplicate {where}", severity, text, tuple(f.image for g in sets for f in g))
-            )
+            first, other, _ = sets[0]
+            text = f"{len(sets)} image(s) are {where} ({first.image} = {other.image}); {advice}"
+            too_many = tuple(f.image for _, _, copies in sets for f in copies)
+            found.append(Finding(f"duplicate {where}", severity, text, too_many))
     return found
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from protoseg.data.doctor.class_table import ClassRow
 from protoseg.data.doctor.diagnosis import Finding
+from protoseg.data.doctor.label_map_advice import IdRow
 from protoseg.data.reading.label_ids import LabelMap
 from protoseg.data.reading.value_range import Range
 from protoseg.runtime.files import write_text
@@ -26,7 +27,9 @@ class DataReport:
     classes: list[ClassRow]  # over the first split, with its joined parts: what is trained on
     ignored_share: float  # of the first split's pixels
     value_range: Range | None = None  # of images with more than 8 bits: what becomes 0 and 255
+    ids: list[IdRow] = field(default_factory=list)  # of all files, where some do not fit
     advised_label_map: LabelMap | None = None
+    advice_ignores: float = 0.0  # share of all pixels that the advice would send to ignore
     bad_files: list[str] = field(default_factory=list)  # relative to the root, for data.exclude
 
     @property
@@ -74,8 +77,32 @@ def print_report(report: DataReport, console: Console | None = None) -> None:
             markup=False,
             soft_wrap=True,
         )
-    if report.advised_label_map is not None:
-        entries = ", ".join(f"{raw}: {target}" for raw, target in report.advised_label_map.items())
-        line = f"advised, below data: in the config: label_map: {{{entries}}}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)  # one line, to be copied
+    if report.ids:
+        _print_ids(report, console)
     console.print("[green]no errors[/]" if report.ok else "[red]errors: see above[/]")
+
+
+def _print_ids(report: DataReport, console: Console) -> None:
+    """The ids of the files, and a label map to copy where one is plain."""
+    largest = sorted(report.ids, key=lambda row: -row.pixels)[:40]
+    table = Table("id in the files", "pixels", "share", "images", "read as")
+    for row in sorted(largest, key=lambda row: row.raw_id):
+        table.add_row(
+            str(row.raw_id), f"{row.pixels:,}", f"{row.share:.2%}", str(row.images), escape(row.meaning)
+        )
+    console.print(table)
+    if len(report.ids) > len(largest):
+        console.print(f"and {len(report.ids) - len(largest)} ids with fewer pixels", highlight=False)
+    if report.advised_label_map is None:
+        line = "no label_map is plain from these ids: say in data.label_map what each of them means"
+    else:
+        entries = ", ".join(f"{raw}: {target}" for raw, target in report.advised_label_map.items())
+        lost = f", ignores {report.advice_ignores:.2%} of the pixels" if report.advice_ignores else ""
+        names = ", ".join(
+            f"{raw} is {report.classes[target].name}"
+            for raw, target in list(report.advised_label_map.items())[:5]
+            if isinstance(target, int)
+        )
+        console.print(f"confirm this: {names}{lost}; if so,", highlight=False, markup=False, soft_wrap=True)
+        line = f"advised, below data: in the config: label_map: {{{entries}}}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)  # one line, to be copied

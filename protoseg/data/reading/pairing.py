@@ -1,10 +1,12 @@
 """Which image file goes with which label file."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from protoseg.data.reading.decode import IMAGE_ENDINGS, LABEL_ENDINGS
+from protoseg.data.reading.text_lists import is_hidden, nearest, read_lines, same_form, spellings
 from protoseg.runtime.errors import UserError
 
 
@@ -44,10 +46,8 @@ def pair_files(root: Path, where: Split, homepage: str, excluded: frozenset[Path
     labels, label_twins, other_labels = _stems(labels_at, where.label_endings, where.other_endings, excluded)
     missing: list[str] = []
     if where.listed is not None:
-        wanted = _read_list(root / where.listed, homepage)
-        missing = [stem for stem in wanted if stem not in images]
-        images = {stem: images[stem] for stem in wanted if stem in images}
-        labels = {stem: labels[stem] for stem in wanted if stem in labels}
+        images, missing = _listed(root / where.listed, homepage, images)
+        labels = {stem: labels[stem] for stem in images if stem in labels}
     # A file left out takes its partner with it.
     out = {stem for files in (images, labels) for stem, path in files.items() if path in excluded}
     images = {stem: path for stem, path in images.items() if stem not in out}
@@ -78,19 +78,20 @@ def _stems(
     found: dict[str, Path] = {}
     twins: list[tuple[Path, Path]] = []
     strangers: dict[str, Path] = {}
-    for place, _, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
         if os.path.islink(place) and Path(place).parent.resolve().is_relative_to(Path(place).resolve()):
             raise UserError(f"{place}: links to a folder that it lies in; remove the link")
         below = Path(place).relative_to(folder).as_posix() + "/" if place != str(folder) else ""
         for name in sorted(names):
-            if name.startswith(".") or name.endswith(others):
+            if is_hidden(name) or name.endswith(others):
                 continue
             ending = next((e for e in endings if name.lower().endswith(e.lower())), None)
             path = Path(place, name)
             if ending is None:
-                strangers[below + os.path.splitext(name)[0]] = path
+                strangers[same_form(below + os.path.splitext(name)[0])] = path
                 continue
-            stem = below + name[: -len(ending)]
+            stem = same_form(below + name[: -len(ending)])
             if stem not in found or found[stem] in excluded:
                 found[stem] = path
             elif path not in excluded:
@@ -128,26 +129,31 @@ def _other_name(images: list[str], labels: list[str]) -> str:
     return ""
 
 
-def _read_list(path: Path, homepage: str) -> list[str]:
+def _listed(path: Path, homepage: str, stems: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
+    """The images of a list by their stems, and the entries for which there is none.
+
+    An entry is a stem, or a path that ends in it, with or without the ending; more columns may follow.
+    """
     try:
-        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = read_lines(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot read this list of files ({error.strerror}); get it: {homepage}"
         ) from None
-
-
-def read_excluded(exclude: str | Path | None, root: Path) -> frozenset[Path]:
-    """The paths in a file of paths relative to `root`, one per line; lines that start with # are comments."""
-    if exclude is None:
-        return frozenset()
-    try:
-        lines = Path(exclude).read_text().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"data.exclude: cannot read {exclude} ({error.strerror}); check_data writes it"
-        ) from None
-    return frozenset(root / line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    wanted: dict[str, Path] = {}
+    missing: list[str] = []
+    for line in filter(str.strip, lines):
+        columns = [line, line.split()[0]]
+        forms = [same_form(form) for column in columns for form in spellings(column)]
+        forms += [os.path.splitext(form)[0] for form in forms]
+        forms += [PurePosixPath(form).name for form in forms]
+        stem = next((form for form in forms if form in stems), None)
+        if stem is not None:
+            wanted[stem] = stems[stem]
+        else:
+            entry = line.split()[0]
+            missing.append(entry + (nearest(entry, stems) if len(missing) < 3 else ""))
+    return wanted, missing
 
 
 def check_pairing(pairing: Pairing, split: str) -> None:

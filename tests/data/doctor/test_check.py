@@ -184,15 +184,15 @@ FAULTS = {
         ],
         "duplicate in more than one split",
         "images/train/extra.png = images/val/val0.png",
-        ["images/train/extra.png", "images/val/val0.png"],
+        ["images/val/val0.png"],
     ),
     "twice in train": (
         lambda r: [
             shutil.copy(r / f"{p}/train/train0.png", r / f"{p}/train/x.png") for p in ("images", "labels")
         ],
         "duplicate twice in one split",
-        "remove one copy",
-        ["images/train/train0.png", "images/train/x.png"],
+        "keep one copy",
+        ["images/train/x.png"],
     ),
     "empty split": (
         lambda r: [shutil.rmtree(r / p / "val") or (r / p / "val").mkdir() for p in ("images", "labels")],
@@ -332,6 +332,69 @@ def test_advised_label_map_mends_the_dataset(copy, name, advised):
     assert report.advised_label_map == advised
     assert doctor(copy, label_map=advised).ok
     build_dataset("folder", root=copy, split="train", classes=CLASSES, label_map=advised).read(0)
+
+
+def ids_become(*new: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda a: np.where(a == 255, 255, np.array([*new, *[0] * 253])[a]).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("ids", "void", "advised"),
+    [
+        ((0, 7, 11), 255, {0: 0, 7: 1, 11: 2}),
+        ((7, 8, 11), 255, {7: 0, 8: 1, 11: 2}),
+        ((0, 128, 255), 0, {0: 0, 128: 1, 255: 2}),  # 255 may be a class
+        ((100, 3, 50), 255, {3: 0, 50: 1, 100: 2}),
+        ((0, 7, 9), 40, None),  # four ids for three classes
+        ((5, 9, 9), 5, None),  # two
+        ((0, 1, 3), 2, None),  # 0 to 3: which one is nothing? A third of the pixels would be lost
+    ],
+)
+def test_advice_gives_each_id_its_class_or_none_is_given(copy, ids, void, advised):
+    relabel(lambda a: np.where(a == 255, void, ids_become(*ids)(a)).astype(np.uint8))(copy)
+    report = doctor(copy)
+    assert report.advised_label_map == advised
+    assert {row.raw_id for row in report.ids} == {*ids, void}
+    assert sum(row.share for row in report.ids) == pytest.approx(1)
+    text = io.StringIO()
+    print_report(report, Console(file=text, width=200))
+    for raw in {*ids, void}:
+        assert re.search(rf"│ +{raw} +│|│ {raw} +│", text.getvalue())
+    if advised is None:
+        assert "no label_map is plain from these ids" in text.getvalue()
+        assert "advised" not in text.getvalue()
+    else:
+        assert f"confirm this: {ids and min(advised)} is sky" in text.getvalue()
+        pasted = doctor(copy, label_map=advised)
+        assert pasted.ok
+        assert all(row.pixels for row in pasted.classes)
+
+
+def test_advice_says_how_many_pixels_it_ignores(copy):
+    relabel(set_one(7), "train0.png")(copy)
+    report = doctor(copy)
+    assert report.advice_ignores == pytest.approx(1 / (6 * 120))
+    text = io.StringIO()
+    print_report(report, Console(file=text, width=200))
+    assert "ignores 0.14% of the pixels" in text.getvalue()
+
+
+def test_one_copy_of_each_image_stays_in_training(copy, tmp_path):
+    """A blank tile twice in train and once in val, and a val image that is in train under another name."""
+    for split, name in (("train", "t"), ("train", "u"), ("val", "v")):
+        for part in ("images", "labels"):
+            mode = "RGB" if part == "images" else "L"
+            Image.new(mode, (9, 9)).save(copy / f"{part}/{split}/{name}.png")
+    for part in ("images", "labels"):
+        shutil.copy(copy / f"{part}/val/val0.png", copy / f"{part}/train/zz.png")
+    report = doctor(copy)
+    (finding,) = (f for f in report.findings if f.severity == "error")
+    assert "(images/train/t.png = images/val/v.png)" in finding.message
+    assert set(finding.files) == {"images/train/u.png", "images/val/v.png", "images/val/val0.png"}
+    write_bad_files(report, tmp_path / "bad.txt")
+    assert doctor(copy, exclude=tmp_path / "bad.txt").ok
+    data = build_dataset("folder", root=copy, split="train", classes=CLASSES, exclude=tmp_path / "bad.txt")
+    assert [data.name(i) for i in range(len(data))] == ["t", "train0", "train1", "train2", "train3", "zz"]
 
 
 def test_excluding_the_bad_files_mends_the_dataset(copy, tmp_path):
