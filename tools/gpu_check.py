@@ -45,7 +45,7 @@ CHECKS = (
     Check("steps", 90, training_cost.steps),
     Check("two_processes", 35, two_processes.two_processes),
     Check("profiles", 35, training_cost.profiles),
-    Check("compiled", 60, right.compiled),
+    Check("compiled", 75, right.compiled),
     Check("hrnet", 25, training_cost.hrnet),
     Check("loader_wait", 30, camvid_runs.loader_wait),
     Check("camvid", 3600, camvid_runs.camvid),
