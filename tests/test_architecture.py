@@ -41,11 +41,11 @@ HOUSE = {
     "weights": ["names foreign_files pretrained", "head_names", "foreign_backbone", "foreign_segmenter"],
     "evaluation": ["inference nearest_patches", "scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
-    "training": ["optimizer feature_cache", "log step", "resume", "loop"],
+    "training": ["optimizer feature_cache placement", "log step", "resume", "loop"],
     "commands": [
         "arguments video sweep_rows sweep_tables",
         "prediction_files",
-        "train evaluate predict vis_prototypes sweep check_data import_weights configs",
+        "train fit evaluate predict vis_prototypes sweep check_data import_weights configs",
         "cli",
     ],
 }

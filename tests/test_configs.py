@@ -15,7 +15,11 @@ from protoseg.models.build import build_model
 from protoseg.runtime.errors import UserError
 from protoseg.training.step import build_run, train_step
 
-RUNS = sorted(path for path in Path("configs").rglob("*.yaml") if "sweeps" not in path.parts)
+RUNS = sorted(
+    path
+    for path in Path("configs").rglob("*.yaml")
+    if "sweeps" not in path.parts and not path.stem.endswith("_fit")
+)
 SMALL = [path for path in RUNS if path.stem.startswith(("digits", "camvid"))]
 
 

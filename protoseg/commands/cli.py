@@ -20,6 +20,7 @@ OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 # Each is a module of this package with a `main(arguments)`; it is imported when asked for.
 VERBS = {
     "train": "train a model",
+    "fit": "put prototypes on frozen features, without training",
     "evaluate": "score a trained model on a split, or compare two",
     "predict": "label images, folders, videos or a webcam",
     "vis_prototypes": "figures of a run's prototypes, and a page to explore them",

@@ -131,6 +131,28 @@ class HRNetHead(DecodeHead):
         return self.dropout(fuse_at_finest(self.fuse, maps)), []
 
 
+class WhitenHead(DecodeHead):
+    """All maps at the finest size, side by side, centred and whitened: W·(x − centre). Nothing is learned.
+
+    `centre` (D,) and the symmetric `whitening` W (D, D) are buffers, which `fit` sets from labelled images.
+    """
+
+    centre: Tensor
+    whitening: Tensor
+
+    def __init__(self, given: Given) -> None:
+        total = sum(given.channels)
+        super().__init__(given, dim=total, stride=given.strides[0])
+        if self.dim != total:
+            raise UserError(f"decode_head.dim {self.dim} is not possible: whiten keeps all {total} channels")
+        self.register_buffer("centre", torch.zeros(total))
+        self.register_buffer("whitening", torch.eye(total))
+
+    def forward(self, maps: Sequence[Tensor]) -> Output:
+        weights = self.whitening.split([x.shape[1] for x in maps], dim=1)
+        return sum_at_finest(maps, weights, -self.whitening @ self.centre), []
+
+
 class OfficialDecodeHead(DecodeHead):
     """HRNet's head in the code published with ProtoSeg: a 3×3 convolution with bias, BatchNorm, ReLU.
 
@@ -253,6 +275,7 @@ HEADS: dict[str, Callable[[Given], DecodeHead]] = {
     "fcn": FCNHead,
     "hrnet": HRNetHead,
     "official": OfficialDecodeHead,
+    "whiten": WhitenHead,
     "aspp": ASPPHead,
     "ocr": OCRHead,
 }
@@ -270,7 +293,7 @@ def build_decode_head(
     """Build a decode head by its name in HEADS for a backbone's maps of these channels and strides.
 
     dim: width of the embedding; None takes the original's: mlp and mlp_branch 256 (mlp: 768 for
-    SegFormer-B2…B5 and Swin), hrnet and official the sum of the channels, the others 512.
+    SegFormer-B2…B5 and Swin), hrnet, official and whiten the sum of the channels, the others 512.
     dropout: the originals' is 0.1, and 0 on HRNet.
     num_classes is for auxiliary and region classifiers only.
     Errors: UserError for an unknown name, and for a head that needs two maps on a backbone with one.

@@ -6,6 +6,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from protoseg.config import OptimConfig
 from protoseg.models.segmenter import Segmenter
+from protoseg.runtime.errors import UserError
 
 
 def parameter_groups(model: Segmenter, config: OptimConfig) -> list[dict]:
@@ -31,6 +32,11 @@ def parameter_groups(model: Segmenter, config: OptimConfig) -> list[dict]:
 def build_optimizer(model: Segmenter, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or SGD with momentum, as configured."""
     groups = parameter_groups(model, config)
+    if not groups:
+        raise UserError(
+            "decode_head.name and backbone.frozen: nothing in this model learns; use the command fit, or a"
+            " decode head with weights"
+        )
     if config.name == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=config.momentum)

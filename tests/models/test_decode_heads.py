@@ -116,9 +116,10 @@ def test_every_head_keeps_the_contract(name: str, strides: list[int]) -> None:
     torch.manual_seed(0)
     channels = [4, 6, 8, 10]
     maps = pyramid(channels, [(-(-65 // s), -(-97 // s)) for s in strides])
-    head = build_decode_head(name, channels, strides, 5, dim=12, dropout=0.1)
+    dim = sum(channels) if name == "whiten" else 12
+    head = build_decode_head(name, channels, strides, 5, dim=dim, dropout=0.1)
     embedding, auxiliary = head(maps)
-    assert embedding.shape == (2, 12, -(-65 // head.stride), -(-97 // head.stride))
+    assert embedding.shape == (2, dim, -(-65 // head.stride), -(-97 // head.stride))
     assert [x.shape[:2] for x in auxiliary] == [(2, 5)] * (name in ("fcn", "aspp", "ocr"))
     (embedding.mean() + sum(x.mean() for x in auxiliary)).backward()
     assert [k for k, p in head.named_parameters() if p.grad is None] == []

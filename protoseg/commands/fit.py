@@ -1,0 +1,102 @@
+"""`fit`: prototypes on a frozen backbone's features of labelled images, without a gradient."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+import yaml
+
+from protoseg.config import Config, load_config, to_plain
+from protoseg.data.datasets import open_dataset
+from protoseg.data.loader import EvalLoader
+from protoseg.evaluation.inference import segment
+from protoseg.evaluation.scores import evaluate
+from protoseg.evaluation.tables import print_scores
+from protoseg.models.build import build_model
+from protoseg.models.checkpoint import save_segmenter
+from protoseg.runtime import distributed
+from protoseg.runtime.console import clock
+from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import write_json, write_text
+from protoseg.training.log import environment, peak_memory_gb
+from protoseg.training.placement import place_prototypes_
+from protoseg.training.resume import checkpoint_to_resume
+from protoseg.weights.foreign_backbone import load_backbone_weights
+
+
+def fit(config: Config, out: Path, images: int | None = None) -> dict[str, object]:
+    """Place prototypes as configured and write a run into the folder `out`; returns what results.json holds.
+
+    images: how many of the training images are labelled, drawn by train.seed; None: all. Errors: UserError.
+    """
+    if (config.decode_head.name, config.classifier) != ("whiten", "prototypes"):
+        raise UserError(
+            f"decode_head.name {config.decode_head.name} with classifier {config.classifier} has to be"
+            " trained; fit needs decode_head.name: whiten and classifier: prototypes"
+        )
+    checkpoint_to_resume(out, None)
+    train_set, val_set = (
+        open_dataset(config, split) for split in (config.data.train_split, config.data.val_split)
+    )
+    if images is not None and not 1 <= images <= len(train_set):
+        raise UserError(
+            f"--images: {images} is not possible, there are {len(train_set)}; give 1 to that many"
+        )
+    device = distributed.setup()
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, len(train_set.classes)).to(device).eval()
+    report = load_backbone_weights(model.backbone, config.backbone.name, config.backbone.weights)
+    if report:
+        print(report)
+    generator = torch.Generator().manual_seed(config.train.seed)
+    indices = torch.randperm(len(train_set), generator=generator)[:images].tolist()
+    started = time.perf_counter()
+    place_prototypes_(model, train_set, indices, config.train.seed, device)
+    seconds = time.perf_counter() - started
+    save_segmenter(out / "last.pt", model, config, train_set.classes, train_set.palette)
+    write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+    with closing(EvalLoader(val_set, workers=config.data.workers)) as loader:
+        scores = evaluate(
+            lambda image, size: segment(model, image, size),
+            loader,
+            train_set.classes,
+            model.ignore_index,
+            device,
+        )
+    assert model.prototypes is not None
+    results = {
+        **scores.to_plain(),
+        "images": len(indices),
+        "seconds": round(seconds, 1),
+        "peak_memory_gb": round(peak_memory_gb(device), 2),
+        "parameters": model.num_parameters,
+        "seed": config.train.seed,
+        "prototype_health": model.prototypes.health().to_plain(),
+        **environment(device),
+    }
+    write_json(out / "results.json", results)
+    print_scores(scores, f"{config.data.val_split}, from {len(indices)} labelled images")
+    print(f"placed in {clock(seconds)}; scores in {out / 'results.json'}")
+    return results
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Put prototypes on frozen features, without training."""
+    parser = argparse.ArgumentParser(
+        prog="fit",
+        description="Put prototypes on a frozen backbone's features of labelled images, as configured.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="with decode_head.name: whiten")
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="labelled images, drawn at random (default: all)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="run folder (default: runs/<config name>, with _images<N>)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    args = parser.parse_intermixed_args(arguments)
+    name = args.config.stem + (f"_images{args.images}" if args.images else "")
+    fit(load_config(args.config, args.overrides), args.out or Path("runs") / name, args.images)

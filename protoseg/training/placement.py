@@ -1,0 +1,96 @@
+"""Prototypes put on the pixels of labelled images, without a gradient: centre, whiten, cluster.
+
+Pixels of one class differ most along directions that say nothing about classes. Whitening by the covariance
+within classes makes all directions equal, so that cosines count those that do (as in linear discriminant
+analysis). C classes, D channels, K prototypes per class, N pixels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protoseg.core.clustering import cluster_means, momentum_update, start_prototypes
+from protoseg.core.losses import downsample_labels
+from protoseg.core.similarity import own_similarities, unit
+from protoseg.data.file_dataset import Dataset
+from protoseg.models.decode_heads import WhitenHead
+from protoseg.models.maps import concatenate
+from protoseg.models.segmenter import Segmenter
+
+KEPT_PIXELS = 20_000  # of a class, about, for the clustering; the covariance takes all
+SHRINKAGE = 0.01  # towards a multiple of the identity: directions in which nothing varies would count most
+ROUNDS = 10
+
+
+class Moments:
+    """Sums over pixels from which class means and the covariance within classes follow, in double."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        self.counts_C = torch.zeros(num_classes, dtype=torch.double)
+        self.sums_CD = torch.zeros(num_classes, dim, dtype=torch.double)
+        self.squares_DD = torch.zeros(dim, dim, dtype=torch.double)
+
+    def add_(self, rows_ND: Tensor, labels_N: Tensor) -> None:
+        """Labels in 0 … C − 1."""
+        rows_ND = rows_ND.double()
+        self.counts_C += torch.bincount(labels_N, minlength=len(self.counts_C))
+        self.sums_CD.index_add_(0, labels_N, rows_ND)
+        self.squares_DD += rows_ND.T @ rows_ND
+
+    def centre_and_whitening(self, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:
+        """Mean (D,) of all pixels and Σ^(−1/2) (D, D), Σ the covariance within classes, shrunk."""
+        total = self.counts_C.sum()
+        means_CD = self.sums_CD / self.counts_C.clamp(min=1)[:, None]
+        within_DD = (self.squares_DD - means_CD.T @ self.sums_CD) / total
+        dim = len(within_DD)
+        within_DD += shrinkage * within_DD.trace() / dim * torch.eye(dim, dtype=torch.double)
+        values_D, vectors_DD = torch.linalg.eigh(within_DD)
+        whitening_DD = vectors_DD * values_D.clamp(min=1e-12).rsqrt() @ vectors_DD.T
+        return self.sums_CD.sum(0) / total, whitening_DD
+
+
+@torch.no_grad()
+def place_prototypes_(
+    model: Segmenter, dataset: Dataset, indices: Sequence[int], seed: int, device: torch.device
+) -> None:
+    """Set the `whiten` head's buffers and the prototypes from these images, seen whole.
+
+    Each class's pixels are clustered by the nearest prototype, from a balanced start. Classes that the images
+    do not show keep no prototypes.
+    """
+    head, classifier = model.decode_head, model.prototypes
+    assert classifier is not None
+    assert isinstance(head, WhitenHead)
+    moments = Moments(classifier.num_classes, head.dim)
+    generator = torch.Generator().manual_seed(seed)
+    most = max(KEPT_PIXELS // len(indices), 16)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for index in indices:
+        image, label = dataset.read(index)
+        map_BDhw = concatenate(model.maps(image[None].to(device))).cpu()
+        labels_N = downsample_labels(label[None].long(), map_BDhw.shape[2:]).flatten()
+        known_N = labels_N != dataset.ignore_index
+        rows_ND, labels_N = map_BDhw[0].flatten(1).T[known_N], labels_N[known_N]
+        moments.add_(rows_ND, labels_N)
+        order_N = torch.randperm(len(labels_N), generator=generator)
+        for c in labels_N.unique():
+            chosen = order_N[labels_N[order_N] == c][:most]
+            kept.append((rows_ND[chosen].half(), labels_N[chosen]))
+    centre_D, whitening_DD = moments.centre_and_whitening()
+    head.centre.copy_(centre_D)
+    head.whitening.copy_(whitening_DD)
+    rows_ND, labels_N = (torch.cat(each).to(device) for each in zip(*kept))
+    emb_ND = unit((rows_ND.float() - head.centre) @ head.whitening)
+    size = (classifier.num_classes, classifier.num_prototypes)
+    protos_CKD, placed_CK = start_prototypes(
+        emb_ND, labels_N, classifier.prototypes, torch.ones(size, dtype=torch.bool, device=device)
+    )
+    for _ in range(ROUNDS):
+        nearest_N = own_similarities(emb_ND, protos_CKD, labels_N).argmax(1)
+        means_CKD, counts_CK = cluster_means(emb_ND, labels_N, nearest_N, *size)
+        protos_CKD = momentum_update(protos_CKD, means_CKD, counts_CK, 0.0)
+    classifier.prototypes.copy_(protos_CKD)
+    classifier.initialized.copy_(placed_CK.any(1))
+    classifier.usage.copy_(counts_CK)
+    classifier.nearest_usage.copy_(counts_CK)
