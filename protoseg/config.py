@@ -173,6 +173,7 @@ class EvalConfig(Section):
     """Evaluation during training."""
 
     interval: Positive = 5000
+    window: tuple[Positive, Positive] | None = None  # height, width; None: by size, as in prediction
     samples: Annotated[int, Field(ge=0)] = 4  # pictures written at each evaluation
 
 

@@ -51,6 +51,8 @@ class PlantedSet:
 class Colours(nn.Module):
     """In place of a backbone: the normalised colours themselves."""
 
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
     def forward(self, image: Tensor) -> list[Tensor]:
         return [image]
 

@@ -17,7 +17,7 @@ HOUSE = {
         "health editing contrast_sampling",
         "prototypes contrast",
     ],
-    "runtime": ["errors signals", "distributed files console shipped strict_yaml"],
+    "runtime": ["errors signals", "distributed files memory console shipped strict_yaml"],
     "config": [],
     "data": [
         "reading.pixels reading.label_ids reading.text_lists classes.ade20k_full classes.palette transforms",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from protoseg.config import Config
 from protoseg.evaluation.inference import InferenceSettings
 from protoseg.runtime.errors import UserError
 
@@ -34,10 +35,10 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def protocol_of(args: argparse.Namespace) -> InferenceSettings:
-    """What `add_protocol` read."""
+def protocol_of(args: argparse.Namespace, config: Config) -> InferenceSettings:
+    """What `add_protocol` read; without a window, that of the model's own evaluation."""
     return InferenceSettings(
-        tuple(args.window) if args.window else None,
+        tuple(args.window) if args.window else config.eval.window,
         tuple(args.step) if args.step else None,
         tuple(args.scales),
         args.flip,

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ VERBS = {
 
 def execute(verb: str, arguments: Sequence[str] | None = None) -> int:
     """Run one command → exit code: 0; 1 for bad data; 2 for a user's mistake or a full disk; 128 + signal."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text, and the terminal not know all
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         module = importlib.import_module(f"protoseg.commands.{verb}")
         return module.main(sys.argv[1:] if arguments is None else arguments) or 0

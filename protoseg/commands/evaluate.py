@@ -13,11 +13,11 @@ from protoseg.config import merge_into_trained
 from protoseg.data.datasets import open_dataset
 from protoseg.data.file_dataset import in_short, with_classes
 from protoseg.data.loader import EvalLoader
-from protoseg.evaluation.inference import InferenceSettings, segment
+from protoseg.evaluation.inference import segment
 from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate
 from protoseg.evaluation.tables import (
     RunScores,
-    _console,
+    plain_console,
     print_comparison,
     print_run,
     write_class_csv,
@@ -31,15 +31,14 @@ from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json
 
 
-def score_run(
-    path: Path, overrides: list[str], split: str | None, protocol: InferenceSettings, boundary_ratio: float
-) -> RunScores:
+def score_run(path: Path, overrides: list[str], split: str | None, args: argparse.Namespace) -> RunScores:
     """Measure a run or checkpoint on a split (default: its validation split), on all ranks.
 
     Errors: UserError for whatever is wrong with the checkpoint, the data or the class list.
     """
     model, config, content = load_segmenter(path)
     config = merge_into_trained(config, overrides)
+    protocol = protocol_of(args, config)
     device = distributed.setup()
     split = split or config.data.val_split
     given = open_dataset(config, split)
@@ -48,7 +47,7 @@ def score_run(
     if ignored and distributed.is_main():
         print(f"note: {path} has no class {in_short(ignored)}: these labels are ignored", flush=True)
     model = model.to(device)
-    console = _console()
+    console = plain_console()
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     with (
         closing(EvalLoader(dataset, workers=config.data.workers, **ranks)) as loader,
@@ -67,7 +66,7 @@ def score_run(
             dataset.classes,
             dataset.ignore_index,
             device,
-            boundary_ratio=boundary_ratio,
+            boundary_ratio=args.boundary,
         )
     unlabelled = tuple(i for i, name in enumerate(dataset.classes) if name not in given.classes)
     scores = replace(scores, unlabelled=unlabelled)
@@ -78,7 +77,7 @@ def score_run(
         "images": len(dataset),
         "ignored_classes": ignored,
         "protocol": protocol.to_plain(),
-        "boundary_ratio": boundary_ratio,
+        "boundary_ratio": args.boundary,
     }
     title = f"{path} (step {content['step']}) on {split}, {len(dataset)} images"
     return RunScores(title, scores, facts)
@@ -127,8 +126,7 @@ def main(arguments: Sequence[str]) -> None:
     runs, overrides = runs_and_overrides(args.runs + args.overrides)
     if not 0 < args.boundary < 1:
         raise UserError(f"--boundary: wants a share of the diagonal between 0 and 1, got {args.boundary}")
-    protocol = protocol_of(args)
-    scores = [score_run(run, overrides, args.split, protocol, args.boundary) for run in runs]
+    scores = [score_run(run, overrides, args.split, args) for run in runs]
     if not distributed.is_main():
         return
     if len(scores) == 2:

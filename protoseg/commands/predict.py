@@ -6,12 +6,14 @@ Reading, the model and writing go on at the same time: images are decoded and re
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,16 +34,17 @@ from protoseg.data.classes.palette import overlay
 from protoseg.data.datasets import dataset_spec, image_reader
 from protoseg.data.reading.decode import read_image
 from protoseg.data.reading.label_ids import LabelMap, export_ids
-from protoseg.evaluation.inference import InferenceSettings, Prediction, protocol_for, segment
+from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
 from protoseg.figures.pictures import Palette
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
 from protoseg.runtime.console import progress
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import DiskError
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> int:
     """Label images, folders, videos or a webcam."""
     parser = argparse.ArgumentParser(
         prog="predict", description="Write labels and overlays of images, videos or a webcam."
@@ -89,28 +92,30 @@ def main(arguments: Sequence[str]) -> None:
         args.confidence,
         args.prototypes,
     )
-    with (
-        progress("predict") as on_progress,
-        autocast(config, device),
-    ):
+    with progress("predict") as on_progress, autocast(config, device):
         failures = predict_sources(
             model.to(device),
             sources,
             outputs,
             device,
-            protocol_of(args),
+            protocol_of(args, config),
             on_progress,
             image_reader(config.data),
         )
-    if failures and len(sources) == 1:
+    if len(failures) == len(sources) == 1:
         raise UserError(failures[0])
     for failure in failures:
-        print(f"skipped: {failure}", file=sys.stderr)
+        print(f"failed: {failure}", file=sys.stderr)
+    if len(failures) == len(sources):
+        raise UserError(f"all {len(sources)} inputs failed, the last with: {failures[-1]}")
     if failures:
-        raise UserError(
-            f"{len(failures)} of {len(sources)} inputs could not be read; the others are in {args.out}"
+        print(
+            f"error: {len(failures)} of {len(sources)} inputs failed; the others are in {args.out}",
+            file=sys.stderr,
         )
+        return 1
     print(f"{len(sources)} done: results are in {args.out}")
+    return 0
 
 
 def predict_sources(
@@ -122,12 +127,12 @@ def predict_sources(
     on_progress: Callable[[int, int | None], None] | None = None,
     read_image: Callable[[Path], Tensor] = read_image,
 ) -> list[str]:
-    """Predicts every source and writes the results; returns one message for each that could not be read.
+    """Predicts every source and writes the results; returns one message for each that failed in some way.
 
     on_progress(images and frames done, how many there are, or None for videos) is called after each.
-    Raises UserError if a result cannot be written or a library for videos is missing.
+    Errors: UserError if the disk is full or a library for videos is missing.
     """
-    failures: list[str] = []
+    failures: dict[Source, str] = {}
     images = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
     for source in videos[:1]:
@@ -135,14 +140,16 @@ def predict_sources(
     total = None if videos else len(images)
     done = 0
 
-    def run(image: Tensor) -> Prediction:
-        return segment(
-            model,
-            image.to(device),
-            protocol=protocol_for(image, protocol),
-            confidence=outputs.confidence,
-            prototypes=outputs.prototypes,
-        )
+    def run(source: Source, image: Tensor) -> Prediction:
+        with too_large_explained(source):
+            prediction = segment(
+                model,
+                image.to(device),
+                protocol=protocol,
+                confidence=outputs.confidence,
+                prototypes=outputs.prototypes,
+            )
+        return Prediction(*(None if each is None else each.cpu() for each in prediction))  # type: ignore
 
     def read(source: Source) -> Tensor | str:
         try:
@@ -158,28 +165,40 @@ def predict_sources(
 
     with ThreadPoolExecutor(READERS) as readers, Writers() as writers:
         for source, image in zip(images, ahead(readers, read, images)):
-            if isinstance(image, str):
-                failures.append(image)
-            else:
-                writers.submit(write_maps, source.name, image, on_cpu(run(image)), outputs, True)
+            try:
+                if isinstance(image, str):
+                    raise UserError(image)
+                writers.submit(source, write_maps, source.name, image, run(source, image), outputs, True)
+            except DiskError:
+                raise
+            except UserError as error:
+                failures[source] = str(error)
             tick()
+    failures |= writers.failures
     for source in videos:
-        failures += _predict_video(source, run, outputs, tick)
-    return failures
+        failures |= _predict_video(source, run, outputs, tick)
+    return [failures[source] for source in sources if source in failures]
 
 
-def on_cpu(prediction: Prediction) -> Prediction:
-    return Prediction(*(None if each is None else each.cpu() for each in prediction))  # type: ignore[arg-type]
+@contextmanager
+def too_large_explained(source: Source) -> Iterator[None]:
+    """Errors: UserError where memory does not suffice for one input."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        raise UserError(f"{source.path}: memory does not suffice; use a smaller --window") from None
 
 
 def _predict_video(
-    source: Source, run: Callable[[Tensor], Prediction], outputs: Outputs, tick: Callable[[], None]
-) -> list[str]:
+    source: Source, run: Callable[[Source, Tensor], Prediction], outputs: Outputs, tick: Callable[[], None]
+) -> dict[Source, str]:
     """Labels of every frame as NAME/000000.png …, overlays as the video overlays/NAME.mp4."""
     try:
         rate, frames = read_frames(source.path)
     except UserError as error:
-        return [str(error)]
+        return {source: str(error)}
     target = outputs.folder / "overlays" / f"{source.name}.mp4"
     # One thread each: frames come and go in order.
     with (
@@ -194,9 +213,11 @@ def _predict_video(
         try:
             while (image := coming.popleft().result()) is not None:
                 coming.append(reader.submit(next, frames, None))
-                prediction = on_cpu(run(image))
-                writers.submit(write_maps, f"{source.name}/{number:06d}", image, prediction, outputs, False)
-                picture = image.permute(1, 2, 0).numpy()
+                prediction = run(source, image)
+                writers.submit(
+                    source, write_maps, f"{source.name}/{number:06d}", image, prediction, outputs, False
+                )
+                picture = rearrange(image.numpy(), "c h w -> h w c")
                 encoded.append(
                     encoder.submit(_encode, video, picture, prediction.classes.numpy(), outputs.palette)
                 )
@@ -204,14 +225,16 @@ def _predict_video(
                     encoded.popleft().result()
                 number += 1
                 tick()
+            while encoded:
+                encoded.popleft().result()
+        except DiskError:
+            raise
         except UserError as error:  # damaged in the middle: what came before is kept
-            return [str(error)]
+            return {source: str(error)}
         except KeyboardInterrupt:  # the only end that a webcam has
             if not source.path.isdecimal():
                 raise
-        for future in encoded:
-            future.result()
-    return []
+    return writers.failures
 
 
 def _encode(video: VideoWriter, picture: NDArray[np.uint8], classes: NDArray, palette: Palette) -> None:

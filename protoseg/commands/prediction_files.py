@@ -1,6 +1,7 @@
 """Which files are predicted, and what is written for each."""
 
 import glob
+import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -21,9 +23,11 @@ from protoseg.data.reading.text_lists import is_hidden
 from protoseg.evaluation.inference import Prediction
 from protoseg.figures.pictures import Palette
 from protoseg.runtime.errors import UserError
-from protoseg.runtime.files import whole_file
+from protoseg.runtime.files import DiskError, safe_name, whole_file
 
+ENDINGS = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)
 READERS = WRITERS = 2  # threads
+LONGEST_JPEG = 65500  # pixels along a side that the format holds
 AHEAD = 4  # images read before their turn, and results waiting to be written
 T = TypeVar("T")
 S = TypeVar("S")
@@ -52,52 +56,46 @@ class Outputs:
 def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     """Files behind paths, folders (searched with their subfolders), patterns and webcam numbers.
 
-    Results of earlier runs, in the folder `out`, are no sources.
-
-    Errors: UserError for an input that is not there, holds no image, or is of an unknown kind.
+    Results of earlier runs, in the folder `out`, are no sources. Errors: UserError for an input that is not
+    there, holds no image, or is of an unknown kind.
     """
-    found: list[tuple[str, str]] = []  # path, name with its ending
-    out = out.resolve()
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.rglob("*")
-                if _is_known(file, given) and not file.is_dir() and not file.resolve().is_relative_to(out)
-            )
-            if not inside:
-                raise UserError(f"{given}: no image or video in this folder; known are {_endings()}")
-            found += [(str(file), file.relative_to(path).as_posix()) for file in inside]
-        elif path.is_file():
-            if not _is_known(path, given):
-                raise UserError(f"{given}: not a known kind of file; known are {_endings()}")
-            found.append((given, path.name))
-        elif given.isdecimal():
-            found.append((given, f"webcam{given}.mp4"))
-        elif glob.has_magic(given):
-            matches = [
-                Path(file)
-                for file in sorted(glob.glob(given, recursive=True))
-                if _is_known(Path(file), given)
-            ]
-            if not matches:
-                raise UserError(f"{given}: no image or video matches this pattern; known are {_endings()}")
-            base = Path(os.path.commonpath([file.parent for file in matches]))
-            found += [(str(file), file.relative_to(base).as_posix()) for file in matches]
-        else:
-            raise UserError(f"{given}: no such file or folder, and no webcam number; check the path")
+    found = [each for given in inputs for each in _behind(given, out.resolve())]
     stems = [os.path.splitext(name)[0] for _, name in found]
     count = Counter(stems)
-    # a.jpg and a.png beside each other keep their endings; names that are still the same get a number.
-    names = [name if count[stem] > 1 else stem for stem, (_, name) in zip(stems, found)]
-    seen: dict[str, int] = {}
-    sources = []
-    for (path_text, full), name in zip(found, names):
-        seen[name] = seen.get(name, 0) + 1
-        unique = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        sources.append(Source(path_text, unique, full.lower().endswith(VIDEO_ENDINGS)))
-    return sources
+    sources: dict[str, Source] = {}
+    for stem, (path, full) in zip(stems, found):
+        # a.jpg and a.png beside each other keep their endings; names that are still the same get a number.
+        name = "/".join(map(safe_name, (full if count[stem] > 1 else stem).split("/")))
+        numbered = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+        unique = next(each for each in numbered if each not in sources)
+        sources[unique] = Source(path, unique, full.lower().endswith(VIDEO_ENDINGS))
+    return list(sources.values())
+
+
+def _behind(given: str, out: Path) -> list[tuple[str, str]]:
+    """(path, name relative to what was given, with its ending) of each file behind one input."""
+    path = Path(given)
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if not file.resolve().is_relative_to(out)]
+    elif path.is_file():
+        files = [path]
+    elif given.isdecimal():
+        return [(given, f"webcam{given}.mp4")]
+    elif glob.has_magic(given):
+        files = [Path(file) for file in glob.glob(given, recursive=True)]
+    else:
+        raise UserError(f"{given}: no such file or folder, and no webcam number; check the path")
+    images = sorted(file for file in files if _is_known(file, given) and file.is_file())
+    if not images:
+        raise UserError(f"{given}: no image or video there; known are {' '.join(ENDINGS)}")
+    base = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in images]))
+    return [(str(file), file.relative_to(base).as_posix()) for file in images]
+
+
+def _is_known(path: Path, given: str) -> bool:
+    """Whether it is an image or video; not one in a hidden folder, unless that is what was given."""
+    hidden = any(is_hidden(part) for part in path.parts if part not in Path(given).parts)
+    return path.suffix.lower() in ENDINGS and not hidden
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
@@ -112,44 +110,61 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[S]) 
 
 
 class Writers:
-    """Threads that write results; waits when too many are on the way; raises what went wrong in them."""
+    """Threads that write results; waits when too many are on the way.
+
+    What cannot be written is kept in `failures`, one message for each source; a full disk is raised.
+    """
 
     def __enter__(self) -> "Writers":
         self.pool = ThreadPoolExecutor(WRITERS)
-        self.pending: deque[Future[None]] = deque()
+        self.pending: deque[tuple[Source, Future[None]]] = deque()
+        self.failures: dict[Source, str] = {}
         return self
 
-    def submit(self, work: Callable[..., None], *arguments: object) -> None:
-        self.pending.append(self.pool.submit(work, *arguments))
+    def submit(self, source: Source, work: Callable[..., None], *arguments: object) -> None:
+        self.pending.append((source, self.pool.submit(work, *arguments)))
         if len(self.pending) > AHEAD:
-            self.pending.popleft().result()
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        source, future = self.pending.popleft()
+        try:
+            future.result()
+        except DiskError:
+            raise
+        except UserError as error:
+            self.failures.setdefault(source, str(error))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.pool.shutdown()
-        if kind is None:
-            for future in self.pending:
-                future.result()
+        while kind is None and self.pending:
+            self._finish_oldest()
 
 
 def write_maps(
     name: str, image: Tensor, prediction: Prediction, outputs: Outputs, with_overlay: bool
 ) -> None:
-    """labels/NAME.png, overlays/NAME.jpg and what else is wanted, for one image (3, H, W)."""
+    """labels/NAME.png, overlays/NAME.jpg and what else is wanted, for one image (3, H, W).
+
+    Errors: UserError for the first that cannot be written, after all others are.
+    """
     classes = prediction.classes.numpy()
-    if outputs.raw_ids is not None:
-        _save(id_image(outputs.raw_ids[classes], None), outputs.folder / f"labels/{name}.png")
-    else:
-        _save(id_image(classes, outputs.palette), outputs.folder / f"labels/{name}.png")
+    raw = outputs.raw_ids
+    label = id_image(classes, outputs.palette) if raw is None else id_image(raw[classes], None)
+    pictures = {f"labels/{name}.png": label}
     if with_overlay:
-        blend = overlay(image.permute(1, 2, 0).numpy(), classes, outputs.palette)
-        _save(Image.fromarray(blend), outputs.folder / f"overlays/{name}.jpg", quality=92)
+        blend = overlay(rearrange(image.numpy(), "c h w -> h w c"), classes, outputs.palette)
+        ending = "jpg" if max(classes.shape) <= LONGEST_JPEG else "png"
+        pictures[f"overlays/{name}.{ending}"] = Image.fromarray(blend)
     if prediction.confidence is not None:
         grey = (prediction.confidence.numpy() * 255).round().astype(np.uint8)
-        _save(Image.fromarray(grey), outputs.folder / f"confidence/{name}.png")
+        pictures[f"confidence/{name}.png"] = Image.fromarray(grey)
     if prediction.prototypes is not None:
         index = prediction.prototypes.numpy()
-        palette = default_palette(int(index.max()) + 1)
-        _save(id_image(index, palette), outputs.folder / f"prototypes/{name}.png")
+        pictures[f"prototypes/{name}.png"] = id_image(index, default_palette(int(index.max()) + 1))
+    errors = [error for path, picture in pictures.items() if (error := _save(picture, outputs.folder / path))]
+    if errors:
+        raise errors[0]
 
 
 def id_image(ids: NDArray[np.integer], palette: Palette | None) -> Image.Image:
@@ -162,16 +177,13 @@ def id_image(ids: NDArray[np.integer], palette: Palette | None) -> Image.Image:
     return picture
 
 
-def _save(picture: Image.Image, path: Path, **options: int) -> None:
-    with whole_file(path) as part:
-        picture.save(part, format="PNG" if path.suffix == ".png" else "JPEG", **options)
-
-
-def _is_known(path: Path, given: str) -> bool:
-    """Whether it is an image or video; not one in a hidden folder, unless that is what was given."""
-    hidden = any(is_hidden(part) for part in path.parts if part not in Path(given).parts)
-    return path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS) and not hidden
-
-
-def _endings() -> str:
-    return " ".join((*IMAGE_ENDINGS, *VIDEO_ENDINGS))
+def _save(picture: Image.Image, path: Path) -> UserError | None:
+    """Write a PNG or JPEG; returns what went wrong with this file."""
+    try:
+        with whole_file(path) as part:
+            picture.save(part, format="PNG" if path.suffix == ".png" else "JPEG", quality=92)
+    except DiskError:
+        raise
+    except UserError as error:
+        return error
+    return None

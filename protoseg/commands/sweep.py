@@ -279,7 +279,8 @@ def _progress(task: Task) -> str:
 def _outcome(task: Task) -> str:
     if not task.is_finished():
         return "failed"
-    return f"mIoU {100 * read_record(task.row.name, task.seed, task.folder).values['mIoU']:.2f}"
+    miou = 100 * read_record(task.row.name, task.seed, task.folder).values["mIoU"]
+    return "no mIoU" if miou != miou else f"mIoU {miou:.2f}"
 
 
 def _last_line(folder: Path) -> str:

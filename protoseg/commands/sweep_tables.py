@@ -39,7 +39,7 @@ def read_record(row: str, seed: int, folder: Path) -> Record:
     linear = config["classifier"] == "linear"
     health = results.get("prototype_health", {})
     values = {
-        "mIoU": results["mIoU"],
+        "mIoU": mean_of_known([results["mIoU"]]),  # none where the labels are ignored everywhere
         **{key: mean_of_known(health.get(key, [])) for key in HEALTH},
         "parameters": results["parameters"],
         "seconds_per_step": results["seconds"] / results["step"],
@@ -76,7 +76,8 @@ def to_markdown(rows: Sequence[str], records: Sequence[Record]) -> str:
             mean_sd([run["seconds_per_step"] for run in runs], 3, spread=False),
             str(len(runs)),
         ]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        name = row.replace("|", "\\|")  # which would end the cell
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

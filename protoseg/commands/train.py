@@ -18,7 +18,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--resume", metavar="auto|PATH", help="go on: auto, if DIR holds a checkpoint; or from this one"
     )
+    parser.add_argument(
+        "--extend", action="store_true", help="with --resume: up to more train.iterations than the run had"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
-    train(config, args.out or Path("runs") / args.config.stem, args.resume)
+    train(config, args.out or Path("runs") / args.config.stem, args.resume, args.extend)

@@ -1,14 +1,13 @@
 """`vis_prototypes`: a trained run → a folder of figures and the explorer page."""
 
 import argparse
-import io
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -16,11 +15,11 @@ from rich.progress import track
 from protoseg.commands.arguments import runs_and_overrides
 from protoseg.config import Config, merge_into_trained
 from protoseg.data.datasets import open_dataset
-from protoseg.data.file_dataset import with_classes
+from protoseg.data.file_dataset import Dataset, with_classes
 from protoseg.evaluation.nearest_patches import FILE as PATCHES_FILE
 from protoseg.evaluation.nearest_patches import save_patches
 from protoseg.figures.page import FigureEntry, explorer_page
-from protoseg.figures.pictures import outlined, save_figure
+from protoseg.figures.pictures import outlined, png_of, save_figure
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure, embedding_figure, project
 from protoseg.figures.sample_figures import (
     comparison_figure,
@@ -42,7 +41,7 @@ from protoseg.models.checkpoint import find_checkpoint, load_segmenter
 from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
-from protoseg.runtime.files import make_folder, write_text
+from protoseg.runtime.files import make_folder, safe_name, write_text
 from protoseg.training.log import read_metrics
 
 
@@ -94,6 +93,23 @@ class Loaded(NamedTuple):
     palette: list[tuple[int, int, int]]
 
 
+class Seen(NamedTuple):
+    """What a run makes of the images: its prototypes' deeds (none if it is linear), pixels, samples."""
+
+    deeds: Survey | None
+    pixels: Pixels
+    samples: list[Sample]
+
+
+class Drawn(NamedTuple):
+    """A figure of the folder; in the page too if it has a caption."""
+
+    name: str
+    figure: Figure
+    title: str = ""
+    caption: str = ""
+
+
 def write_gallery(
     runs: Sequence[Path],
     out: Path | None = None,
@@ -116,54 +132,46 @@ def write_gallery(
         raise UserError(f"{runs[0]}: a linear classifier has no prototypes; give a prototype run first")
     if len({tuple(run.classes) for run in loaded}) > 1:
         raise UserError(f"{runs[1]}: trained on other classes than {runs[0]}; compare runs on the same data")
-    seen, val = (
+    surveyed, val = (
         with_classes(open_dataset(first.config, part), first.classes, first.palette)
         for part in (split, first.config.data.val_split)
     )
     out = out or first.folder / "prototypes"
     make_folder(out)
-    print(f"{runs[0]}: looking at {min(images, len(seen))} images of {split}", flush=True)
-    per_class = max(10, MOST_POINTS // min(len(first.classes), MOST_CLASSES))
-    surveys, shown = [], []
-    for run in loaded:
-        with autocast(run.config, device):
-            chosen = _with_bar(spread_indices(len(seen), images), run.name)
-            surveys.append(survey(run.model, seen, chosen, per_class=per_class))
-            shown.append(read_samples(run.model, val, spread_indices(len(val), samples)))
-    deeds = surveys[0][0]
-    assert deeds is not None, "a run with prototypes has a survey"
-
+    images = min(images, len(surveyed))
+    print(f"{runs[0]}: looking at {images} images of {split}", flush=True)
+    seen = [_look(run, surveyed, images, val, samples) for run in loaded]
+    deeds = seen[0].deeds
+    if deeds is None or not deeds.won_CK.any():
+        raise UserError(f"{split}: no labelled pixel in {images} images; choose another --split")
     protos_CKD = head.prototypes.detach().float().cpu().numpy()
     live_C = head.initialized.cpu().numpy()
     entries: list[FigureEntry] = []
-
-    def add(name: str, title: str, caption: str, figure: Figure, in_page: bool = True) -> None:
-        path = out / f"{name}.{suffix}"
-        with rc_context({"pdf.fonttype": 42}):  # text stays text
-            save_figure(figure, path)
-        if in_page:
-            buffer = io.BytesIO(path.read_bytes() if suffix == "png" else b"")
-            if suffix != "png":
-                figure.savefig(buffer, format="png")
-            entries.append(FigureEntry(title, caption, buffer.getvalue()))
-
-    _sample_figures(add, loaded, shown, protos_CKD, val.ignore_index, int(deeds.won_CK.sum(1).argmax()))
-    _prototype_figures(add, loaded, surveys, deeds, protos_CKD, live_C)
-    _patch_figures(add, first, deeds, live_C)
+    for drawn in itertools.chain(
+        _sample_figures(loaded, seen, deeds, protos_CKD, val.ignore_index),
+        _prototype_figures(loaded, seen, deeds, protos_CKD, live_C),
+        _patch_figures(first, deeds, live_C),
+    ):
+        path = out / f"{drawn.name}.{suffix}"
+        save_figure(drawn.figure, path)
+        if drawn.caption:
+            png = path.read_bytes() if suffix == "png" else png_of(drawn.figure)
+            entries.append(FigureEntry(drawn.title, drawn.caption, png))
+    other = loaded[1].name if len(loaded) > 1 else None
     page = explorer_page(
         title=f"Prototypes of {first.name}",
         about=f"{first.config.data.name}, {len(first.classes)} classes × {head.num_prototypes} prototypes,"
-        f" step {first.step}{_score(first.folder)}. Patches and numbers from {min(images, len(seen))} images"
+        f" step {first.step}{_score(first.folder)}. Patches and numbers from {images} images"
         f" of {split}; samples from {first.config.data.val_split}."
-        + (f" Beside it: {loaded[1].name}." if len(loaded) > 1 else ""),
+        + (f" Beside it: {other}." if other else ""),
         classes=first.classes,
         palette=first.palette,
         protos_CKD=protos_CKD,
         live_C=live_C,
         survey=deeds,
-        samples=shown[0],
-        names=(first.name, loaded[1].name if len(loaded) > 1 else None),
-        second=[sample.prediction for sample in shown[1]] if len(loaded) > 1 else (),
+        samples=seen[0].samples,
+        names=(first.name, other),
+        second=[sample.prediction for sample in seen[1].samples] if other else (),
         figures=entries,
         score_name="cosine" if head.score_norm == "scale" else "normalised score",
     )
@@ -180,35 +188,37 @@ def write_gallery(
     return out / "index.html"
 
 
-Add = Callable[..., None]
+def _look(run: Loaded, surveyed: Dataset, images: int, val: Dataset, samples: int) -> Seen:
+    per_class = max(10, MOST_POINTS // min(len(run.classes), MOST_CLASSES))
+    with autocast(run.config, run.model.mean.device):
+        chosen = _with_bar(spread_indices(len(surveyed), images), run.name)
+        deeds, pixels = survey(run.model, surveyed, chosen, per_class=per_class)
+        return Seen(deeds, pixels, read_samples(run.model, val, spread_indices(len(val), samples)))
 
 
 def _sample_figures(
-    add: Add,
-    loaded: Sequence[Loaded],
-    shown: Sequence[Sequence[Sample]],
-    protos_CKD: np.ndarray,
-    ignore_index: int,
-    commonest: int,
-) -> None:
-    """Figures of the sample images."""
+    loaded: Sequence[Loaded], seen: Sequence[Seen], deeds: Survey, protos_CKD: np.ndarray, ignore_index: int
+) -> Iterator[Drawn]:
+    """Figures of the sample images, those of the first one's size."""
     first, num_prototypes = loaded[0], protos_CKD.shape[1]
-    fitting = [i for i, s in enumerate(shown[0]) if s.image.shape == shown[0][0].image.shape]
-    rows_shown = [fitting[i] for i in spread_indices(len(fitting), ROWS)]
-    same_size = [shown[0][i] for i in rows_shown]
-    add(
+    samples = seen[0].samples
+    fitting = [i for i, sample in enumerate(samples) if sample.image.shape == samples[0].image.shape]
+    places = [fitting[i] for i in spread_indices(len(fitting), ROWS)]
+    same_size = [samples[i] for i in places]
+    yield Drawn(
         "which_prototype",
-        "Which prototype",
-        "Each prototype is its own shade of its class's colour, with its number in it.",
         which_prototype_figure(
             [(s.image, s.label, s.prediction, s.nearest) for s in same_size],
             first.classes,
             first.palette,
             num_prototypes,
         ),
+        "Which prototype",
+        "Each prototype is its own shade of its class's colour, with its number in it.",
     )
     rows = []
-    tired = [commonest]  # classes not to show again while there are others: the background comes last
+    # Classes not to show again while there are others: the background, the commonest, comes last.
+    tired = [int(deeds.won_CK.sum(1).argmax())]
     for sample in same_size:
         c = _richest_class(sample, num_prototypes, tired)
         tired.append(c)
@@ -217,41 +227,35 @@ def _sample_figures(
         chosen = sorted(busiest[:MOST_MAPS].tolist())
         maps = similarity_maps(sample.emb_hwD, protos_CKD[c, chosen])
         rows.append((sample.image, f"class {first.classes[c]}", maps, chosen))
-    add(
+    yield Drawn(
         "similarity",
+        similarity_figure(rows),
         "Similarity maps",
         "Cosine of every pixel with the busiest prototypes of one class, that with most of them at work.",
-        similarity_figure(rows),
     )
     if len(loaded) > 1:
-        pairs = [(shown[0][i], shown[1][i]) for i in rows_shown]
-        add(
+        names, pairs = (first.name, loaded[1].name), zip(same_size, (seen[1].samples[i] for i in places))
+        compared = [(a.image, a.label, a.prediction, b.prediction) for a, b in pairs]
+        yield Drawn(
             "comparison",
+            comparison_figure(compared, names, first.classes, first.palette, ignore_index),
             "Two models",
-            f"{loaded[0].name} and {loaded[1].name} on the same images, and where they differ.",
-            comparison_figure(
-                [(a.image, a.label, a.prediction, b.prediction) for a, b in pairs],
-                (loaded[0].name, loaded[1].name),
-                first.classes,
-                first.palette,
-                ignore_index,
-            ),
+            f"{names[0]} and {names[1]} on the same images, and where they differ.",
         )
 
 
 def _prototype_figures(
-    add: Add,
     loaded: Sequence[Loaded],
-    surveys: Sequence[tuple[Survey | None, Pixels]],
+    seen: Sequence[Seen],
     deeds: Survey,
     protos_CKD: np.ndarray,
     live_C: np.ndarray,
-) -> None:
+) -> Iterator[Drawn]:
     """Figures of the prototypes themselves."""
     first = loaded[0]
     often = set(np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES].tolist())
     columns = []
-    for run, (its_deeds, points) in zip(loaded, surveys):
+    for run, (its_deeds, points, _) in zip(loaded, seen):
         head = run.model.prototypes
         keep_N = np.isin(points.label_N, list(often))
         owner_M, share_M = np.zeros(0, np.int64), np.zeros(0)
@@ -263,39 +267,39 @@ def _prototype_figures(
             share_M = its_deeds.share_CK[chosen].reshape(-1)
         label_N = points.label_N[keep_N]
         columns.append((run.name, project(points.emb_ND[keep_N], protos_MD), label_N, owner_M, share_M))
-    add(
+    yield Drawn(
         "embedding",
+        embedding_figure(columns, first.classes, first.palette),
         "Embedding space",
         "Class-balanced training pixels (dots) and prototypes (diamonds). t-SNE is of the pixels; a prototype"
         " stands among the five that are nearest to it.",
-        embedding_figure(columns, first.classes, first.palette),
     )
     alive = np.flatnonzero(live_C)
     names = [first.classes[c] for c in alive]
-    add(
+    yield Drawn(
         "cosines",
+        cosine_figure(protos_CKD[alive], names),
         "Prototypes among each other",
         "Cosines between all prototypes, in blocks of one class; their spread within and between classes.",
-        cosine_figure(protos_CKD[alive], names),
     )
-    add(
+    yield Drawn(
         "assignments",
+        assignment_figure(deeds.share_CK[alive], names, [first.palette[c] for c in alive]),
         "Assignment",
         "How each class's training pixels are shared out among its prototypes.",
-        assignment_figure(deeds.share_CK[alive], names, [first.palette[c] for c in alive]),
     )
     lines = read_metrics(first.folder)
     if sum("prototype_health" in line for line in lines) > 1:
-        add(
+        yield Drawn(
             "health",
+            health_figure(lines),
             "Health over training",
             "Line: mean over classes; band: from the smallest to the largest class value.",
-            health_figure(lines),
         )
 
 
-def _patch_figures(add: Add, run: Loaded, deeds: Survey, live_C: np.ndarray) -> None:
-    """One figure per class; the explorer has all of them anyway."""
+def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[Drawn]:
+    """One figure per class, not in the page: the explorer has all of them anyway."""
     num_prototypes = deeds.share_CK.shape[1]
     often = np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES]
     for c in (c for c in often.tolist() if live_C[c]):
@@ -317,7 +321,7 @@ def _patch_figures(add: Add, run: Loaded, deeds: Survey, live_C: np.ndarray) -> 
             rows.append((caption.replace("nan%", "–").replace("nan", "–"), patches))
         name = "".join(letter if letter.isalnum() else "_" for letter in run.classes[c])
         title = f"class {run.classes[c]}: nearest training pixels, one per image"
-        add(f"patches_{c:03d}_{name}", title, "", patches_figure(title, rows), in_page=False)
+        yield Drawn(safe_name(f"patches_{c:03d}_{name}"), patches_figure(title, rows))
 
 
 def _with_bar(indices: Sequence[int], name: str) -> Iterable[int]:
@@ -336,8 +340,8 @@ def _richest_class(sample: Sample, num_prototypes: int, tired: Sequence[int]) ->
 
 
 def _score(folder: Path) -> str:
-    evaluations = [line for line in read_metrics(folder) if line["kind"] == "eval"]
-    return f", mIoU {100 * evaluations[-1]['mIoU']:.1f} %" if evaluations else ""
+    scores = [line["mIoU"] for line in read_metrics(folder) if line["kind"] == "eval"]
+    return "" if not scores or scores[-1] is None else f", mIoU {100 * scores[-1]:.1f} %"
 
 
 def _load(path: Path, overrides: Sequence[str], device: torch.device) -> Loaded:

@@ -17,6 +17,7 @@ from protoseg.core.losses import Lerp, nearest_cells, upsampled_rows
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.memory import free_bytes
 
 # Class values of full-resolution pixels at a time, by device: bounds the memory of large vocabularies.
 BAND_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
@@ -27,9 +28,10 @@ class InferenceSettings:
     """How an image goes through the model. The default: whole, once, as it is.
 
     window: (height, width) in pixels of the scaled image, rounded up to whole cells; a window that covers the
-    image is the whole image. step: from one window to the next, by default two thirds of the window. scales:
-    the image is seen at each of them. flip: and mirrored. Class probabilities are averaged over these views.
-    batch: windows of one forward pass. Errors: UserError for values that make no sense.
+    image is the whole image; None: the whole image, or windows where it is large (`protocol_for`). step: from
+    one window to the next, by default two thirds of the window. scales: the image is seen at each of them.
+    flip: and mirrored. Class probabilities are averaged over these views. batch: windows of one forward pass.
+    Errors: UserError for values that make no sense.
     """
 
     window: tuple[int, int] | None = None
@@ -67,12 +69,18 @@ WHOLE = InferenceSettings()
 # Beyond this many pixels an image goes through in windows, unless the protocol names them.
 WHOLE_PIXELS = 2048 * 1024
 LARGE_IMAGE_WINDOW = (1024, 1024)
+PIXEL_BYTES = 1100  # of a forward pass, measured: hrnet_w48 with ocr; 270 with resnet18 and mlp
 
 
 def protocol_for(image: Tensor, protocol: InferenceSettings) -> InferenceSettings:
-    """The protocol, with windows if it names none and the image at its largest scale is too large for one."""
+    """The protocol, with windows if it names none and the image at its largest scale is too large for one.
+
+    That is beyond 2048 × 1024 pixels, or where memory is short: training, scores and predictions ask here.
+    """
     pixels = image.shape[-2] * image.shape[-1] * max(protocol.scales) ** 2
-    if protocol.window is None and pixels > WHOLE_PIXELS:
+    if protocol.window is not None or pixels <= LARGE_IMAGE_WINDOW[0] * LARGE_IMAGE_WINDOW[1]:
+        return protocol
+    if pixels > WHOLE_PIXELS or pixels * PIXEL_BYTES > free_bytes(image.device):
         return replace(protocol, window=LARGE_IMAGE_WINDOW)
     return protocol
 
@@ -105,6 +113,7 @@ def segment(
     """
     _check_wishes(model, prototypes, distance)
     size = size or (image.shape[-2], image.shape[-1])
+    protocol = protocol_for(image, protocol)
     nearest_Chw = None
     closest = min(protocol.scales, key=lambda scale: abs(scale - 1))
     views = []

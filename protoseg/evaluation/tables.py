@@ -2,7 +2,6 @@
 
 import csv
 import io
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def print_comparison(first: RunScores, second: RunScores) -> None:
     rows = comparison(first, second)
     for name, a, b in sorted(rows, key=lambda row: -difference(row[1], row[2])):
         table.add_row(escape(name), _percent(a), _percent(b), _signed(a, b))
-    _console().print(table)
+    plain_console().print(table)
     plain = [run.to_plain() for run in (first, second)]
     if plain[0]["IoU"].keys() != plain[1]["IoU"].keys():
         print("note: the models have different classes, and so have the means below")
@@ -93,7 +92,8 @@ def write_class_csv(path: Path, runs: list[RunScores]) -> None:
     write_text(path, text.getvalue())
 
 
-def _console() -> Console:
+def plain_console() -> Console:
+    """Of the terminal's width, or 100 where the output goes to a file."""
     console = Console()
     return console if console.is_terminal else Console(width=100)
 
@@ -117,10 +117,10 @@ def print_scores(scores: Scores, title: str) -> None:
     for name, iou, accuracy, count in zip(
         scores.classes, scores.iou.tolist(), scores.accuracy.tolist(), pixels
     ):
-        table.add_row(name, _percent(iou), _percent(accuracy), f"{100 * count / total:.2f} %")
+        table.add_row(escape(name), _percent(iou), _percent(accuracy), f"{100 * count / total:.2f} %")
     plain = scores.to_plain()
     print(title)  # not the table's own, which would be folded to the table's width
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    plain_console().print(table)
     absent = [name for name, iou in plain["IoU"].items() if iou is None]
     note = f"  (absent, left out of the mean: {', '.join(absent)})" if absent else ""
     print(

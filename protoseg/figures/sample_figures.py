@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -54,15 +53,7 @@ def sample_figure(
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     present = [c for c in range(len(classes)) if (label == c).any() or (prediction == c).any()]
-    handles = [
-        Patch(
-            facecolor="#{:02x}{:02x}{:02x}".format(*palette[c]),
-            edgecolor="0.4",
-            linewidth=0.4,
-            label=classes[c],
-        )
-        for c in present
-    ]
+    handles = [swatch(palette[c], classes[c]) for c in present]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(present), 11) or 1, fontsize=7)
     return figure
 

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.core.losses import downsample_labels, nearest_cells
 from protoseg.core.similarity import own_similarities, unit_rows
 from protoseg.data.file_dataset import Dataset
-from protoseg.evaluation.inference import segment
+from protoseg.evaluation.inference import WHOLE_PIXELS, segment
 from protoseg.models.segmenter import Segmenter
 
 RUNNERS_UP = 5  # classes with their scores, for each pixel of a sample
@@ -78,7 +79,7 @@ def survey(
     keeper = _PixelKeeper(num_classes, per_class)
     deeds = _Deeds(num_classes, head.num_prototypes, patches) if head is not None else None
     for index in indices:
-        image, label = dataset.read(index)
+        image, label = _read(dataset, index)
         emb_ND, logits_NC, size = seen_pixels(model, image)
         label_N = downsample_labels(label.long()[None], size).flatten().to(emb_ND.device)
         label_N = torch.where((label_N < num_classes) & (label_N != dataset.ignore_index), label_N, -1)
@@ -94,7 +95,7 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
     head = model.prototypes
     samples = []
     for index in indices:
-        image, label = dataset.read(index)
+        image, label = _read(dataset, index)
         emb_ND, logits_NC, size = seen_pixels(model, image)
         winner_N = torch.full((len(emb_ND),), -1)
         scores_NC = logits_NC
@@ -107,7 +108,7 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
         samples.append(
             Sample(
                 name=dataset.name(index),
-                image=image.permute(1, 2, 0).numpy(),
+                image=rearrange(image.numpy(), "c h w -> h w c"),
                 label=label.long().numpy(),
                 prediction=prediction.cpu().numpy(),
                 nearest=winner_N.view(size).cpu().numpy(),
@@ -117,6 +118,17 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
             )
         )
     return samples
+
+
+def _read(dataset: Dataset, index: int) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) and label (H, W); of an image that is too large for one pass the middle."""
+    image, label = dataset.read(index)
+    height, width = label.shape
+    shrink = min(1.0, (WHOLE_PIXELS / (height * width)) ** 0.5)
+    tall, wide = max(1, int(height * shrink)), max(1, int(width * shrink))
+    top, left = (height - tall) // 2, (width - wide) // 2
+    middle = (slice(top, top + tall), slice(left, left + wide))
+    return image[(slice(None), *middle)], label[middle]
 
 
 def seen_pixels(model: Segmenter, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -256,5 +268,5 @@ def crop_around(
     )
     y = nearest_cells(height, rows)[top : top + side].numpy()
     x = nearest_cells(width, columns)[left : left + side].numpy()
-    picture = image[:, top : top + side, left : left + side].permute(1, 2, 0).numpy()
+    picture = rearrange(image[:, top : top + side, left : left + side].numpy(), "c h w -> h w c")
     return picture, won[np.ix_(y, x)]

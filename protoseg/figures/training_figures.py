@@ -5,12 +5,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from protoseg.figures.pictures import (
-    DPI,
-    plain_axes,
-)
+from protoseg.figures.pictures import DPI, plain_axes
 
 
 def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:
@@ -25,6 +22,8 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:
         if points:
             axes[0].plot(*zip(*points), label=name, linewidth=1)
     axes[0].set(title="training loss (terms before weighting)", xlabel="step", yscale="log")
+    for formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        formatter(LogFormatter())  # in figures, not in a formula: see `without_maths`
     axes[0].legend(fontsize=7)
     axes[1].plot(
         [line["step"] for line in evaluations],

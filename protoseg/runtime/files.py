@@ -1,14 +1,37 @@
 """Writing files: whole or not at all, in one place."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from protoseg.runtime.errors import UserError
+
+LONGEST_NAME = 230  # bytes: file systems take 255, and a step and an ending come to it
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # no other file will fare better
+
+
+class DiskError(UserError):
+    """The disk is full, read-only or damaged."""
+
+
+def safe_name(name: str) -> str:
+    """One part of a path from any text. A name that every file system takes stays as it is.
+
+    Separators, control characters and what is not UTF-8 become "_"; a name that was changed or cut ends in a
+    digest of the whole, so that two never become one.
+    """
+    safe = re.sub(r"[/\x00-\x1f\x7f\ud800-\udfff]", "_", name)
+    kept = safe.encode()
+    if safe == name and len(kept) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha1(os.fsencode(name)).hexdigest()[:8]
+    return f"{kept[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
 
 
 def make_folder(path: Path) -> None:
@@ -45,13 +68,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 def cannot_write(path: Path, reason: Exception) -> UserError:
     """The one message for a file that cannot be written."""
     why = getattr(reason, "strerror", None) or reason
-    return UserError(f"{path}: cannot write ({why}); make room or choose another place")
+    kind = DiskError if getattr(reason, "errno", None) in OF_THE_DISK else UserError
+    return kind(f"{path}: cannot write ({why}); make room or choose another place")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8, whole or not at all."""
+    """Write UTF-8, whole or not at all; names of files that are not UTF-8 come out as they are."""
     with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,28 +5,28 @@ import io
 import json
 import os
 import platform
-import resource
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from protoseg.core.prototypes import PrototypeHead
-from protoseg.figures.pictures import save_figure
+from protoseg.figures.pictures import Palette, png_of, save_figure
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure
+from protoseg.figures.sample_figures import sample_figure
 from protoseg.figures.training_figures import curves_figure, mean_of_known
 from protoseg.runtime.console import clock
-from protoseg.runtime.files import write_text
+from protoseg.runtime.files import safe_name, write_text
 
 
 class Meter:
@@ -71,38 +71,61 @@ MOST_CLASSES = 30  # in TensorBoard's pictures of the prototypes
 
 
 class RunLog:
-    """Writes one run's folder; only the main rank has one."""
+    """Writes one run's folder; only the main rank has one.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self.folder = folder
+    Nothing that only shows a training may end it: what cannot be drawn or written is noted, once per kind.
+    """
+
+    def __init__(self, folder: Path, first_step: int, classes: Sequence[str], palette: Palette) -> None:
+        self.folder, self.classes, self.palette = folder, classes, palette
         self.metrics = folder / "metrics.jsonl"
+        self.noted: set[str] = set()
         # A killed run may have logged steps that its checkpoint does not hold: they will be made again.
         kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
+    @contextlib.contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """What goes wrong in the block is noted; training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.noted:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                print(f"note: no {what}: {reason}; training goes on without", flush=True)
+            self.noted.add(what)
+
     def line(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and its numbers to TensorBoard."""
-        with open(self.metrics, "a") as file:
+        with self.optional("line of metrics.jsonl"), open(self.metrics, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
-            elif name == "prototype_health":
-                for key, per_class in value.items():
-                    self.board.add_scalar(f"prototypes/{key}", mean_of_known(per_class), step)
+        with self.optional("numbers for TensorBoard"):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+                elif name == "prototype_health":
+                    for key, per_class in value.items():
+                        self.board.add_scalar(f"prototypes/{key}", mean_of_known(per_class), step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A picture into the run folder and to TensorBoard (no pyplot: the backend stays the user's)."""
-        path = self.folder / f"{name}.png"
-        save_figure(figure, path)
-        with Image.open(path) as picture:
-            self.board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def prototypes(
-        self, head: PrototypeHead, classes: Sequence[str], palette: Sequence[tuple[int, int, int]], step: int
+    def sample(
+        self, name: str, image: Tensor, label: Tensor, prediction: Tensor, ignore_index: int, step: int
     ) -> None:
+        """A picture of an evaluated image, its label, prediction and errors, in samples/ and TensorBoard."""
+        with self.optional(f"picture of {name}"):
+            picture = rearrange(image.numpy(), "c h w -> h w c")
+            maps = (label.numpy(), prediction.numpy())
+            figure = sample_figure(picture, *maps, self.classes, self.palette, ignore_index)
+            path = f"samples/{safe_name(f'{name}_{step:06d}')}"
+            save_figure(figure, self.folder / f"{path}.png")  # no pyplot: the backend stays the user's
+            self._show(path, (self.folder / f"{path}.png").read_bytes(), step)
+
+    def prototypes(self, head: PrototypeHead, step: int) -> None:
         """TensorBoard: pictures of the prototypes of the most frequent classes, all in the projector."""
+        with self.optional("picture of the prototypes"):
+            self._prototypes(head, step)
+
+    def _prototypes(self, head: PrototypeHead, step: int) -> None:
         protos_CKD = head.prototypes.float().cpu().numpy()
         usage_CK = head.nearest_usage.double().cpu().numpy()
         share_CK = usage_CK / usage_CK.sum(1, keepdims=True).clip(1e-12)
@@ -111,28 +134,33 @@ class RunLog:
         if len(live) * head.num_prototypes < 2:
             return
         shown = sorted(live[:MOST_CLASSES])
-        names = [classes[c] for c in shown]
-        for name, figure in (
-            ("cosines", cosine_figure(protos_CKD[shown], names)),
-            ("shares", assignment_figure(share_CK[shown], names, [palette[c] for c in shown])),
-        ):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
-            picture = np.asarray(Image.open(buffer).convert("RGB"))
-            self.board.add_image(f"prototypes/{name}", picture, step, dataformats="HWC")
+        names = [self.classes[c] for c in shown]
+        colours = [self.palette[c] for c in shown]
+        cosines, shares = (
+            cosine_figure(protos_CKD[shown], names),
+            assignment_figure(share_CK[shown], names, colours),
+        )
+        self._show("prototypes/cosines", png_of(cosines), step)
+        self._show("prototypes/shares", png_of(shares), step)
         rows = [
-            (protos_CKD[c, k], classes[c], k + 1, f"{share_CK[c, k]:.3f}")
+            (protos_CKD[c, k], " ".join(self.classes[c].split()), k + 1, f"{share_CK[c, k]:.3f}")
             for c in sorted(live)
             for k in range(head.num_prototypes)
         ]
         write_projector(self.folder / "tensorboard", rows)
 
+    def _show(self, tag: str, png: bytes, step: int) -> None:
+        picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        self.board.add_image(tag, picture, step, dataformats="HWC")
+
     def curves(self) -> None:
         """curves.png from everything logged so far."""
-        save_figure(curves_figure(read_metrics(self.folder)), self.folder / "curves.png")
+        with self.optional("curves.png"):
+            save_figure(curves_figure(read_metrics(self.folder)), self.folder / "curves.png")
 
     def close(self) -> None:
-        self.board.close()
+        with self.optional("end of TensorBoard's file"):
+            self.board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -181,14 +209,6 @@ def health_line(health: dict[str, list[float | None]]) -> str:
         f" max {max((v for v in health['max_intra_cosine'] if v is not None), default=float('nan')):.2f}"
         f"  dead {dead}  churn {mean_of_known(health['churn']):.3f}"
     )
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Largest memory so far: of the GPU, or of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -1,41 +1,45 @@
 """The loop around the step: resume, evaluate, save, report, and leave cleanly when told to."""
 
+import math
 import signal
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from protoseg.config import Config, config_from, to_plain
 from protoseg.data.datasets import measured, open_dataset
 from protoseg.data.file_dataset import Dataset
 from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
-from protoseg.evaluation.inference import Prediction, most_likely, segment
+from protoseg.evaluation.inference import InferenceSettings, Prediction, most_likely, segment
 from protoseg.evaluation.scores import Scores, evaluate
 from protoseg.evaluation.tables import print_scores
-from protoseg.figures.sample_figures import sample_figure
 from protoseg.models.checkpoint import load_checkpoint, save_checkpoint
 from protoseg.models.segmenter import autocast
 from protoseg.runtime import distributed
 from protoseg.runtime.console import clock
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import make_folder, write_json, write_text
+from protoseg.runtime.memory import peak_memory_gb
 from protoseg.runtime.signals import Interrupted, StopSignals
 from protoseg.training.feature_cache import FeatureCache, cache_folder
-from protoseg.training.log import Meter, RunLog, environment, health_line, peak_memory_gb, progress_line
+from protoseg.training.log import Meter, RunLog, environment, health_line, progress_line
 from protoseg.training.resume import checkpoint_to_resume, require_same_config, restore, save, weights
 from protoseg.training.step import Run, build_run, train_step
 from protoseg.weights.foreign_backbone import load_backbone_weights
 
 
-def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any]:
+def train(config: Config, out: Path, resume: str | None = None, extend: bool = False) -> dict[str, Any]:
     """Train as configured into the folder `out`; returns what results.json holds.
 
     `resume`: None (the folder must not hold a run), "auto" (go on if there is a checkpoint), or a checkpoint.
+    `extend`: its train.iterations may be fewer; the learning rate follows the longer schedule from there on.
     Errors: UserError; NonFiniteLoss; Interrupted after Ctrl-C or SIGTERM.
     """
     device = distributed.setup()
@@ -48,7 +52,7 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
     elif content is None:
         config = measured(config)
     if content is not None:
-        require_same_config(content["config"], config, checkpoint)
+        require_same_config(content["config"], config, checkpoint, extend)
     train_set, val_set = (
         open_dataset(config, split) for split in (config.data.train_split, config.data.val_split)
     )
@@ -66,7 +70,7 @@ def train(config: Config, out: Path, resume: str | None = None) -> dict[str, Any
     if distributed.is_main():
         make_folder(out)
         write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
-        log = RunLog(out, run.step)
+        log = RunLog(out, run.step, run.classes, run.palette)
         print(
             f"{out}: {len(train_set)} training and {len(val_set)} validation images,"
             f" {len(run.classes)} classes, {run.model.num_parameters:,} learnable parameters,"
@@ -124,12 +128,15 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
-    meter = Meter(d.batch_size)
     with closing(loader) as batches, StopSignals() as signals:
+        if evaluation_due(run):  # a run that was killed in it
+            score(run, out, log, val_loader)
+        meter = Meter(d.batch_size)
         while run.step < config.train.iterations:
             batch = meter.waited(batches)
             rates = [group["lr"] for group in run.optimizer.param_groups]
-            values = train_step(run, batch, stop=signals.number is not None)
+            with one_value_explained(config):
+                values = train_step(run, batch, stop=signals.number is not None)
             run.seconds += meter.step_done()
             last = run.step == config.train.iterations
             if log and (run.step % config.train.log_interval == 0 or last or run.step == 1):
@@ -138,21 +145,28 @@ def loop(run: Run, out: Path, log: RunLog | None, train_set: Dataset, val_loader
                 line["memory_gb"] = peak_memory_gb(run.device)
                 log.line("train", run.step, line)
                 print(progress_line(run.step, config.train.iterations, line), flush=True)
-            if run.step % config.eval.interval == 0 and not last:
-                score(run, out, log, val_loader)
-                meter.restart()
+            due = evaluation_due(run)
+            if due or last or values["stop"] or run.step % config.checkpoint.interval == 0:
+                save(run, out)  # before anything that may fail
             if values["stop"]:
-                save(run, out)
                 raise Interrupted(
                     f"stopped at step {run.step}; {out / 'last.pt'} is written: the same command with"
                     " --resume auto goes on",
                     signals.number or signal.SIGTERM,
                 )
-            if run.step % config.checkpoint.interval == 0 or last:
+            if due:
+                score(run, out, log, val_loader)
                 save(run, out)
+                meter.restart()
 
 
-def unchanged(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def evaluation_due(run: Run) -> bool:
+    """Whether it is time for an evaluation that has not been; the last one is not the loop's."""
+    at_interval = run.step % run.config.eval.interval == 0 and run.step < run.config.train.iterations
+    return at_interval and run.scored < run.step
+
+
+def unchanged(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return image, label
 
 
@@ -163,7 +177,7 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
     results = {
         **scores.to_plain(),
         "step": run.step,
-        "best_mIoU": run.best,
+        "best_mIoU": run.best if run.best >= 0 else None,
         "seconds": round(run.seconds, 1),
         "images_per_second": round(run.step * run.config.data.batch_size / max(run.seconds, 1e-9), 2),
         "peak_memory_gb": round(peak_memory_gb(run.device), 2),
@@ -187,29 +201,25 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
 
 
 def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Scores:
-    """Evaluate on the validation split, log it with pictures, keep the best weights."""
-    run.model.eval()
-    pictures = run.config.eval.samples if log else 0
+    """Evaluate on the validation split, keep the best weights, log it with pictures."""
+    left = iter(range(run.config.eval.samples if log else 0))
 
-    def on_sample(name: str, *sample: torch.Tensor) -> None:
-        nonlocal pictures
-        if log and pictures:
-            pictures -= 1
+    def picture(name: str, image: Tensor, label: Tensor, prediction: Tensor) -> None:
+        if log and next(left, None) is not None:
             if run.val_features is not None:
-                sample = (run.val_features.dataset.read(int(sample[0]))[0], *sample[1:])
-            image, label, prediction = (tensor.numpy() for tensor in sample)
-            figure = sample_figure(
-                image.transpose(1, 2, 0), label, prediction, run.classes, run.palette, run.model.ignore_index
-            )
-            log.figure(f"samples/{name.replace('/', '_')}_{run.step:06d}", figure, run.step)
+                image = run.val_features.dataset.read(int(image))[0]
+            log.sample(name, image, label, prediction, run.model.ignore_index, run.step)
 
-    def predict(image: torch.Tensor, size: tuple[int, int]) -> Prediction:
+    protocol = InferenceSettings(run.config.eval.window)
+
+    def predict(image: Tensor, size: tuple[int, int]) -> Prediction:
         if run.val_features is None:
-            return segment(run.model, image, size)
+            return segment(run.model, image, size, protocol)
         with torch.inference_mode():
             logits = run.model(run.val_features.maps(image, run.device))
         return Prediction(most_likely([logits[0].float()], size)[0], None, None)
 
+    run.model.eval()
     with autocast(run.config, run.device):
         scores = evaluate(
             predict,
@@ -217,26 +227,51 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
             run.classes,
             run.model.ignore_index,
             run.device,
-            on_sample=on_sample,
+            on_sample=picture,
         )
     run.model.train()
-    values = {name: value for name, value in scores.to_plain().items() if name != "Acc"}
+    run.scored = run.step
+    if not log:
+        run.best = max(run.best, scores.miou)
+        return scores
+    split, best = run.config.data.val_split, f" (best {run.best:.4f})" if run.best >= 0 else ""
+    if math.isnan(scores.miou):
+        print(f"note: no mIoU and no best.pt at step {run.step}: {split} has no labelled pixel", flush=True)
+    elif scores.miou > run.best:
+        run.best, best = scores.miou, ", the best so far"
+        save_checkpoint(out / "best.pt", weights(run))
+    log.line("eval", run.step, evaluation_line(run, scores))
+    log.curves()
+    print(f"step {run.step}: {split} mIoU {scores.miou:.4f}{best}", flush=True)
     if run.model.prototypes is not None:
-        values["prototype_health"] = run.model.prototypes.health().to_plain()
-    if run.contrast is not None:
-        values["contrast_empty_steps"] = run.empty_steps
-        if run.contrast.memory is not None:
-            values |= {name: share.tolist() for name, share in run.contrast.memory.fill().items()}
-    better = scores.miou > run.best
-    run.best = max(run.best, scores.miou)
-    if log:
-        log.line("eval", run.step, values)
-        log.curves()
-        best = ", the best so far" if better else f" (best {run.best:.4f})"
-        print(f"step {run.step}: {run.config.data.val_split} mIoU {scores.miou:.4f}{best}", flush=True)
-        if run.model.prototypes is not None:
-            log.prototypes(run.model.prototypes, run.classes, run.palette, run.step)
-            print(health_line(values["prototype_health"]), flush=True)
-        if better:
-            save_checkpoint(out / "best.pt", weights(run))
+        log.prototypes(run.model.prototypes, run.step)
+        print(health_line(run.model.prototypes.health().to_plain()), flush=True)
     return scores
+
+
+def evaluation_line(run: Run, scores: Scores) -> dict[str, Any]:
+    """What metrics.jsonl holds of an evaluation: scores, and the state of prototypes and memories."""
+    line = {name: value for name, value in scores.to_plain().items() if name != "Acc"}
+    if run.model.prototypes is not None:
+        line["prototype_health"] = run.model.prototypes.health().to_plain()
+    if run.contrast is not None:
+        line["contrast_empty_steps"] = run.empty_steps
+        if run.contrast.memory is not None:
+            line |= {name: share.tolist() for name, share in run.contrast.memory.fill().items()}
+    return line
+
+
+@contextmanager
+def one_value_explained(config: Config) -> Iterator[None]:
+    """Errors: UserError where batch norm has a single value per channel, in whichever part of a model."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"data.crop: {list(config.data.crop)} and one image at a time (data.batch_size"
+            f" {config.data.batch_size} over {distributed.world_size()} processes × train.accumulation"
+            f" {config.train.accumulation}) leave batch norm one value per channel; use a larger crop or"
+            " more images at a time"
+        ) from None

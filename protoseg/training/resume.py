@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from protoseg.config import Config, differing_keys, to_plain
+from protoseg.core.contrast import PixelContrast
 from protoseg.models.checkpoint import load_weights, save_checkpoint, segmenter_content
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
@@ -35,6 +36,7 @@ def save(run: Run, out: Path) -> None:
             "schedule": run.schedule.state_dict(),
             "generators": states,
             "best": run.best,
+            "scored": run.scored,
             "seconds": run.seconds,
             "empty_steps": run.empty_steps,
         }
@@ -51,11 +53,17 @@ def restore(run: Run, content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: holds weights only, training cannot go on from it; resume from a last.pt")
     load_weights(run.model, content["model"] | content.get("projection", {}), path)
     if run.contrast is not None:
+        require_same_memory(run.contrast, content["contrast"], path)
         load_weights(run.contrast, content["contrast"], path)
     run.optimizer.load_state_dict(content["optimizer"])
     run.schedule.load_state_dict(content["schedule"])
     run.step, run.best, run.seconds = content["step"], content["best"], content["seconds"]
     run.empty_steps = content["empty_steps"]
+    run.scored = content.get("scored", run.step)  # older checkpoints were written after the evaluation
+    for group, base, factor in zip(
+        run.optimizer.param_groups, run.schedule.base_lrs, run.schedule.lr_lambdas
+    ):
+        group["lr"] = base * factor(run.step)  # another one if the run is extended
     run.unseen = unseen_classes(run.model)
     if len(content["generators"]) == distributed.world_size():
         generators = content["generators"][distributed.rank()]
@@ -67,6 +75,16 @@ def restore(run: Run, content: dict[str, Any], path: Path) -> None:
             f"note: {path} was written by {len(content['generators'])} processes, there are"
             f" {distributed.world_size()} now: dropout draws other numbers than an uninterrupted run would"
         )
+
+
+def require_same_memory(contrast: PixelContrast, state: dict[str, Any], path: Path) -> None:
+    """Errors: UserError if the memory was made for another number of images: it has room for each."""
+    for name, mine in contrast.state_dict().items():
+        if name.startswith("memory.") and name in state and state[name].shape != mine.shape:
+            raise UserError(
+                f"{path}: the training set had another number of images when this run began, and contrast's"
+                " memory has room for those; bring them back, or begin a new run with another --out"
+            )
 
 
 def checkpoint_to_resume(out: Path, resume: str | None) -> Path | None:
@@ -88,9 +106,18 @@ def checkpoint_to_resume(out: Path, resume: str | None) -> Path | None:
     return path
 
 
-def require_same_config(old: dict[str, Any], config: Config, path: Path | None) -> None:
+def require_same_config(old: dict[str, Any], config: Config, path: Path | None, extend: bool = False) -> None:
     """Errors: UserError naming the keys in which a checkpoint's configuration differs from this one."""
     keys = [key for key in differing_keys(old, to_plain(config)) if not key.startswith(OPERATIONAL)]
+    before, now = old["train"]["iterations"], config.train.iterations
+    if extend and now <= before and "train.iterations" in keys:
+        raise UserError(f"--extend: train.iterations={now} is not more than the {before} of {path}; raise it")
+    if keys == ["train.iterations"] and now > before:
+        if extend:
+            return
+        raise UserError(
+            f"{path}: was to end at train.iterations={before}, now {now}; add --extend to go on up to there"
+        )
     if keys:
         raise UserError(
             f"{path}: was trained with another configuration ({', '.join(keys)} differ);"

@@ -37,6 +37,7 @@ class Run:
     palette: tuple[tuple[int, int, int], ...]
     step: int = 0  # optimiser steps done; also the position in the data
     best: float = -1.0
+    scored: int = 0  # step of the last evaluation
     seconds: float = 0.0  # spent training, without evaluation
     unseen: set[int] = field(default_factory=set)  # classes whose prototypes do not hold data yet
     contrast: PixelContrast | None = None  # pixel contrast's memories; outside the DDP module

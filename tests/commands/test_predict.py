@@ -1,5 +1,7 @@
 """The predict command: what it finds, what it writes, and that its parts overlap."""
 
+import os
+import re
 import struct
 import sys
 import threading
@@ -14,18 +16,13 @@ from tiny import CLASSES, PALETTE, SIZES, tiny_config, write_checkpoint, write_f
 
 from protoseg.commands import predict as predicting
 from protoseg.commands.cli import execute as command
-from protoseg.commands.prediction_files import AHEAD, ahead, find_sources, id_image
+from protoseg.commands.prediction_files import AHEAD, Source, Writers, ahead, find_sources, id_image
 from protoseg.commands.video import read_frames
 from protoseg.data.reading.decode import read_image
-from protoseg.evaluation.inference import (
-    LARGE_IMAGE_WINDOW,
-    WHOLE,
-    InferenceSettings,
-    protocol_for,
-    segment,
-)
+from protoseg.evaluation.inference import segment
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import DiskError, safe_name
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +74,61 @@ def test_raw_ids_are_the_datasets_own(model: tuple[Path, Segmenter], tmp_path: P
     assert np.array_equal(label, np.array([7, 11, 200])[classes])
 
 
-def test_a_bad_file_does_not_stop_the_others(
+def test_what_fails_does_not_stop_the_others(
     model: tuple[Path, Segmenter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An input that cannot be read, an output that cannot be written, and names that fit no file."""
     root, _ = model
-    inputs = tmp_path / "in"
+    inputs, out = tmp_path / "in", tmp_path / "out"
     inputs.mkdir()
     good = (root / "data/images/val/0.png").read_bytes()
-    for name, content in (("a", good), ("b", good[:150]), ("c", good)):
-        (inputs / f"{name}.png").write_bytes(content)
-    assert command("predict", [str(root / "last.pt"), str(inputs), "--out", str(tmp_path / "out")]) == 2
+    long = "图" * 83  # 249 bytes
+    names = ["a", "b", "c", "d", long, os.fsdecode(b"stra\xdfe")]
+    for name in names:
+        (inputs / f"{name}.png").write_bytes(good[:150] if name == "b" else good)
+    Image.new("RGB", (65_600, 4)).save(inputs / "wide.png")
+    (out / "labels/d.png").mkdir(parents=True)
+    assert command("predict", [str(root / "last.pt"), str(inputs), "--out", str(out)]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
-    assert any(line.startswith("skipped:") and "b.png" in line for line in lines)
-    assert lines[-1].startswith("error: 1 of 3 inputs")
-    assert sorted(path.name for path in (tmp_path / "out/labels").iterdir()) == ["a.png", "c.png"]
+    assert len(lines) == 3
+    assert "b.png" in lines[0]
+    assert re.search(r"labels/d.png: cannot write \(Is a directory\)", lines[1])
+    assert lines[2] == f"error: 2 of 7 inputs failed; the others are in {out}"
+    labels = {path.name for path in (out / "labels").iterdir()}
+    cut, turned = (safe_name(name) for name in (long, names[-1]))
+    assert labels == {"a.png", "c.png", "d.png", "wide.png", f"{cut}.png", f"{turned}.png"}
+    overlays = {path.name for path in (out / "overlays").iterdir()}
+    assert overlays == {"a.jpg", "c.jpg", "d.jpg", "wide.png", f"{cut}.jpg", f"{turned}.jpg"}
+
+
+def test_an_image_beyond_the_memory_and_a_full_disk(
+    model: tuple[Path, Segmenter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first is counted; the second ends it, since no other image will fare better."""
+    root, _ = model
+
+    def too_large(network: Segmenter, image: torch.Tensor, **options: object) -> object:
+        if image.shape[-1] == SIZES[0][1]:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return segment(network, image, **options)  # type: ignore[arg-type]
+
+    arguments = [str(root / "last.pt"), str(root / "data/images/val"), "--out", str(tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(predicting, "segment", too_large)
+        assert command("predict", arguments) == 1
+    assert "0.png: memory does not suffice; use a smaller --window" in capsys.readouterr().err
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert command("predict", arguments) == 2
+    error = capsys.readouterr().err
+    assert "cannot write (No space left on device); make room" in error
+    assert error.count("\n") == 1
 
 
 def test_ctrl_c_keeps_what_was_predicted(
@@ -188,32 +226,26 @@ def test_reading_goes_ahead_of_the_model() -> None:
 
 
 def test_writing_goes_on_beside_the_model_and_its_errors_come_back() -> None:
-    gate, done = threading.Event(), []
+    gate, done, source = threading.Event(), [], Source("a.png", "a")
 
     def slow() -> None:
         assert gate.wait(10)
         done.append(1)
 
-    with predicting.Writers() as writers:
+    def fails(error: UserError) -> None:
+        raise error
+
+    with Writers() as writers:
         for _ in range(AHEAD):
-            writers.submit(slow)
+            writers.submit(source, slow)
         assert not done, "submit waited for the file"
         gate.set()
+        for name in ("first", "second"):
+            writers.submit(source, fails, UserError(name))
     assert len(done) == AHEAD
-
-    def full() -> None:
-        raise UserError("disk is full")
-
-    with pytest.raises(UserError, match="disk is full"), predicting.Writers() as writers:
-        writers.submit(full)
-
-
-def test_large_images_go_through_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = torch.zeros(3, 100, 100), torch.zeros(3, 3000, 5000)
-    assert protocol_for(small, WHOLE) == WHOLE
-    assert protocol_for(large, WHOLE).window == LARGE_IMAGE_WINDOW
-    assert protocol_for(large, InferenceSettings((512, 512))).window == (512, 512)
-    assert protocol_for(torch.zeros(3, 1000, 1000), InferenceSettings(scales=(2.0,))).window is not None
+    assert writers.failures == {source: "first"}
+    with pytest.raises(DiskError, match="full"), Writers() as writers:
+        writers.submit(source, fails, DiskError("full"))
 
 
 def test_more_classes_than_a_palette_holds() -> None:
@@ -304,9 +336,9 @@ def test_missing_video_library_is_named(
     ("inputs", "part"),
     [
         (["nowhere.png"], "nowhere.png"),
-        (["{root}/none*.png"], "matches"),
-        (["{root}/data/labels/empty"], "no image"),
-        (["{root}/last.pt"], "known kind"),
+        (["{root}/none*.png"], "no image or video there"),
+        (["{root}/data/labels/empty"], "no image or video there"),
+        (["{root}/last.pt"], "known are .jpg"),
         (["{root}/data", "--scales", "-1"], "scales"),
         (["{root}/data", "--out", "{root}/last.pt/out"], "cannot write"),
     ],

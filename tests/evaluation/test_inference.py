@@ -13,9 +13,11 @@ from protoseg.config import config_from
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.evaluation import inference
 from protoseg.evaluation.inference import (
+    WHOLE,
     InferenceSettings,
     blending_weights,
     most_likely,
+    protocol_for,
     rescale,
     segment,
     starts,
@@ -29,6 +31,8 @@ from protoseg.runtime.errors import UserError
 
 class Cells(nn.Module):
     """A backbone that sees one cell of 4 × 4 pixels at a time."""
+
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = F.pad(x, (0, -x.shape[-1] % 4, 0, -x.shape[-2] % 4))
@@ -93,6 +97,22 @@ def test_a_window_that_covers_the_image_is_the_whole_image(model: Segmenter, win
     assert torch.equal(covered, whole)
     at_once = segment(model, image).classes
     assert torch.equal(segment(model, image, protocol=InferenceSettings(window)).classes, at_once)
+
+
+def test_large_images_go_through_in_windows(local_model: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = torch.zeros(3, 100, 100), torch.zeros(3, 3000, 5000)
+    assert protocol_for(small, WHOLE) == WHOLE
+    assert protocol_for(large, WHOLE).window == inference.LARGE_IMAGE_WINDOW
+    assert protocol_for(large, InferenceSettings((512, 512))).window == (512, 512)
+    assert protocol_for(torch.zeros(3, 1000, 1000), InferenceSettings(scales=(2.0,))).window is not None
+    image = torch.zeros(3, 1100, 1200, dtype=torch.uint8)
+    assert protocol_for(image, WHOLE) == WHOLE
+    monkeypatch.setattr(inference, "free_bytes", lambda device: 1e9)
+    assert protocol_for(image, WHOLE).window == inference.LARGE_IMAGE_WINDOW
+    sizes = []
+    local_model.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[2:]))
+    segment(local_model, image)
+    assert set(sizes) == {(1024, 1024)}
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 
 from protoseg.models.checkpoint import save_checkpoint
 from protoseg.runtime.errors import UserError
-from protoseg.runtime.files import make_folder, whole_file, write_json, write_text
+from protoseg.runtime.files import LONGEST_NAME, make_folder, safe_name, whole_file, write_json, write_text
 
 
 def test_a_file_in_the_folders_place_is_one_line(tmp_path: Path) -> None:
@@ -56,3 +56,27 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(UserError, match=r"txt/x.json: cannot write \(File exists\); make room or choose"):
         write_json(path / "x.json", {})
+
+
+@pytest.mark.parametrize("name", ["a", "größe 日本.v2", "12:30", "x" * LONGEST_NAME, ".."])
+def test_names_that_fit_stay(name: str) -> None:
+    assert safe_name(name) == name
+
+
+def test_names_that_do_not_fit_are_made_to_and_stay_different(tmp_path: Path) -> None:
+    given = [
+        "a/b",
+        "a_b/",
+        "a\0b",
+        "line\nline",
+        "stra\udcdfe",
+        "stra\udce0e",
+        "图" * 82,
+        "图" * 83,
+        "x" * 231,
+    ]
+    made = [safe_name(name) for name in given]
+    assert len(set(made)) == len(given)
+    for name in made:
+        assert len(name.encode("utf-8")) <= LONGEST_NAME
+        (tmp_path / f"{name}_12345678.png").touch()

@@ -8,11 +8,10 @@ import time
 
 import torch
 
-from protoseg.commands.predict import protocol_for
 from protoseg.config import config_from
-from protoseg.evaluation.inference import InferenceSettings, segment
+from protoseg.evaluation.inference import InferenceSettings, protocol_for, segment
 from protoseg.models.build import build_model
-from protoseg.training.log import peak_memory_gb
+from protoseg.runtime.memory import peak_memory_gb
 
 
 def main(argv: list[str]) -> None:
@@ -34,13 +33,14 @@ def main(argv: list[str]) -> None:
     model = model.eval().to(device)
     before = peak_memory_gb(device)
     image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8, device=device)
-    protocol = InferenceSettings(scales=tuple(args.scales), flip=args.flip)
-    protocol = protocol if args.whole else protocol_for(image, protocol)
+    window = (2**20, 2**20) if args.whole else None
+    protocol = InferenceSettings(window, scales=tuple(args.scales), flip=args.flip)
     start = time.perf_counter()
     found = segment(model, image, protocol=protocol, confidence=args.confidence)
     found.classes.cpu()  # a GPU is done by then
     seconds = time.perf_counter() - start
-    shown = "whole" if protocol.window is None else f"windows of {protocol.window}"
+    window = protocol_for(image, protocol).window
+    shown = "whole" if args.whole or window is None else f"windows of {window}"
     print(
         f"{args.backbone}, {args.classes} classes, {args.size[1]}×{args.size[0]} {shown}, {device.type}:"
         f" peak {peak_memory_gb(device):.2f} GB (before the image {before:.2f} GB), {seconds:.1f} s"
