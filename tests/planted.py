@@ -51,7 +51,7 @@ class PlantedSet:
 class Colours(nn.Module):
     """In place of a backbone: the normalised colours themselves."""
 
-    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return [image]

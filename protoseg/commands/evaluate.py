@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import track
 
 from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_overrides
@@ -17,7 +18,6 @@ from protoseg.evaluation.inference import segment
 from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate
 from protoseg.evaluation.tables import (
     RunScores,
-    plain_console,
     print_comparison,
     print_run,
     write_class_csv,
@@ -27,6 +27,7 @@ from protoseg.figures.score_figures import confusion_figure, reliability_figure
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.segmenter import autocast
 from protoseg.runtime import distributed
+from protoseg.runtime.console import plain_console
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json
 
@@ -57,7 +58,7 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
             lambda image, size: segment(model, image, size, protocol, confidence=True),
             track(
                 loader,
-                str(path),
+                escape(str(path)),
                 len(loader),
                 transient=True,
                 disable=not (distributed.is_main() and console.is_terminal),

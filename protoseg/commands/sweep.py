@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from protoseg.commands.sweep_rows import Row, Sweep, load_sweep, slug
 from protoseg.commands.sweep_tables import Record, read_record, sweep_figure, to_csv, to_markdown
 from protoseg.config import differing_keys, load_config, to_plain
 from protoseg.figures.pictures import save_figure
+from protoseg.runtime.console import plain_console
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import make_folder, write_text
 from protoseg.runtime.signals import Interrupted, StopSignals
@@ -161,7 +160,7 @@ def _watch(
     sweep: Sweep, tasks: Sequence[Task], started: dict[Task, Future], signals: StopSignals
 ) -> dict[Task, str]:
     """Show how the runs stand until all have ended or a signal comes; returns "mIoU …" or "failed"."""
-    console = Console()
+    console = plain_console()
     outcomes = {task: _outcome(task) for task in tasks if task not in started}
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while len(outcomes) < len(tasks) and signals.number is None:
@@ -267,7 +266,7 @@ def _table(sweep: Sweep, tasks: Sequence[Task], outcomes: dict[Task, str]) -> Ta
         table.add_column(f"seed {seed}", justify="right")
     for row in sweep.rows:
         mine = (task for task in tasks if task.row == row)
-        table.add_row(escape(row.name), *(outcomes.get(task) or _progress(task) for task in mine))
+        table.add_row(row.name, *(outcomes.get(task) or _progress(task) for task in mine))
     return table
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from protoseg.commands.arguments import runs_and_overrides
@@ -63,15 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     runs, overrides = runs_and_overrides(args.runs + args.overrides)
     if args.images < 1 or args.samples < 1:
         raise UserError("--images and --samples: expected 1 or more")
-    write_gallery(
-        runs,
-        args.out,
-        split=args.split,
-        suffix=args.format,
-        images=args.images,
-        samples=args.samples,
-        overrides=overrides,
-    )
+    write_gallery(runs, args.out, args.split, args.format, args.images, args.samples, overrides)
 
 
 ROWS = 4  # samples in a figure
@@ -112,15 +105,14 @@ class Drawn(NamedTuple):
 
 def write_gallery(
     runs: Sequence[Path],
-    out: Path | None = None,
-    *,
-    split: str = "train",
-    suffix: str = "png",
-    images: int = 400,
-    samples: int = 8,
-    overrides: Sequence[str] = (),
-) -> Path:
-    """Look at `images` images of the split and `samples` of the validation split → the page's path.
+    out: Path | None,
+    split: str,
+    suffix: str,
+    images: int,
+    samples: int,
+    overrides: Sequence[str],
+) -> None:
+    """Look at `images` images of the split and `samples` of the validation split; write figures and page.
 
     The first run must have prototypes; the second one, if any, is set beside it. Errors: UserError.
     """
@@ -185,7 +177,6 @@ def write_gallery(
     )
     size = (out / "index.html").stat().st_size / 1e6
     print(f"{out}: figures and index.html ({size:.1f} MB); open it in a browser")
-    return out / "index.html"
 
 
 def _look(run: Loaded, surveyed: Dataset, images: int, val: Dataset, samples: int) -> Seen:
@@ -327,7 +318,7 @@ def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[D
 def _with_bar(indices: Sequence[int], name: str) -> Iterable[int]:
     """The indices, with a progress bar on a terminal."""
     console = Console(stderr=True)
-    return track(indices, name, console=console, disable=not console.is_terminal)
+    return track(indices, escape(name), console=console, disable=not console.is_terminal)
 
 
 def _richest_class(sample: Sample, num_prototypes: int, tired: Sequence[int]) -> int:

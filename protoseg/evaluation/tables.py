@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from protoseg.evaluation.scores import Scores
+from protoseg.runtime.console import plain_console
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_text
 
@@ -45,7 +44,7 @@ def print_comparison(first: RunScores, second: RunScores) -> None:
         table.add_column(name, justify="right")
     rows = comparison(first, second)
     for name, a, b in sorted(rows, key=lambda row: -difference(row[1], row[2])):
-        table.add_row(escape(name), _percent(a), _percent(b), _signed(a, b))
+        table.add_row(name, _percent(a), _percent(b), _signed(a, b))
     plain_console().print(table)
     plain = [run.to_plain() for run in (first, second)]
     if plain[0]["IoU"].keys() != plain[1]["IoU"].keys():
@@ -92,12 +91,6 @@ def write_class_csv(path: Path, runs: list[RunScores]) -> None:
     write_text(path, text.getvalue())
 
 
-def plain_console() -> Console:
-    """Of the terminal's width, or 100 where the output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=100)
-
-
 def _percent(value: float | None) -> str:
     return "–" if value is None or value != value else f"{100 * value:.2f}"
 
@@ -117,7 +110,7 @@ def print_scores(scores: Scores, title: str) -> None:
     for name, iou, accuracy, count in zip(
         scores.classes, scores.iou.tolist(), scores.accuracy.tolist(), pixels
     ):
-        table.add_row(escape(name), _percent(iou), _percent(accuracy), f"{100 * count / total:.2f} %")
+        table.add_row(name, _percent(iou), _percent(accuracy), f"{100 * count / total:.2f} %")
     plain = scores.to_plain()
     print(title)  # not the table's own, which would be folded to the table's width
     plain_console().print(table)

@@ -14,6 +14,12 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def plain_console() -> Console:
+    """For tables: names with brackets and colons are shown as they are. 100 wide where it is no terminal."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    return console if console.is_terminal else Console(width=100, markup=False, emoji=False, highlight=False)
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar with rate and time left on a terminal: a function of (done, total or None)."""

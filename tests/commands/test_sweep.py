@@ -28,7 +28,8 @@ from tiny import tiny_config, write_folder
 from protoseg.commands.cli import execute as command
 from protoseg.commands.sweep import Task, run_in_queue, run_sweep
 from protoseg.commands.sweep_rows import load_sweep, slug
-from protoseg.commands.sweep_tables import Record, mean_sd, sweep_figure, to_csv, to_markdown
+from protoseg.commands.sweep_tables import Record, mean_sd, read_record, sweep_figure, to_csv, to_markdown
+from protoseg.figures.pictures import save_figure
 from protoseg.runtime.errors import UserError
 from protoseg.training.log import read_metrics
 
@@ -300,7 +301,7 @@ def record(row: str, seed: int, k: int | None, miou: float, parameters: float = 
     )
 
 
-def test_tables() -> None:
+def test_tables(tmp_path: Path) -> None:
     records = [record("K=1", 0, 1, 0.5), record("K=1", 1, 1, 0.52), record("linear", 0, None, 0.4)]
     lines = to_markdown(["linear", "K=1", "K=9"], records).splitlines()
     assert lines[2] == "| linear | 40.0 | – | – | – | – | 1.000 | 0.500 | 1 |"
@@ -308,6 +309,15 @@ def test_tables() -> None:
     assert lines[4] == "| K=9 | – | – | – | – | – | – | – | 0 |"
     assert to_csv(records).splitlines()[3] == "linear,0,0.4,,,,,1000000.0,0.5"
     assert mean_sd([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    # A run whose validation labels are all ignored has no mIoU.
+    results = {"mIoU": None, "parameters": 1_000_000, "seconds": 2.0, "step": 4}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "config.yaml").write_text("classifier: linear\n")
+    unknown = read_record("a|b", 0, tmp_path)
+    line = to_markdown(["a|b"], [unknown]).splitlines()[2]
+    assert line == "| a\\|b | – | – | – | – | – | 1.000 | 0.500 | 1 |"
+    assert to_csv([unknown]).splitlines()[1] == "a|b,0,,,,,,1000000,0.5"
+    save_figure(sweep_figure(["a|b"], [unknown]), tmp_path / "results.png")
 
 
 def test_figure_against_k_and_row_by_row() -> None:

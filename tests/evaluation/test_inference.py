@@ -32,7 +32,7 @@ from protoseg.runtime.errors import UserError
 class Cells(nn.Module):
     """A backbone that sees one cell of 4 × 4 pixels at a time."""
 
-    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = F.pad(x, (0, -x.shape[-1] % 4, 0, -x.shape[-2] % 4))

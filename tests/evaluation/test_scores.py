@@ -17,12 +17,14 @@ from protoseg.commands.cli import execute as command
 from protoseg.evaluation.inference import Prediction, segment
 from protoseg.evaluation.scores import (
     BOUNDARY_RATIO,
+    Scores,
     boundary_counts,
     boundary_distance,
     boundary_region,
     confidence_bins,
     evaluate,
 )
+from protoseg.evaluation.tables import RunScores, print_comparison, print_run
 
 NAMES = tuple(f"class{i}" for i in range(7))
 CPU = torch.device("cpu")
@@ -177,6 +179,24 @@ def test_protocol_options_reach_the_model(folder: Path, tmp_path: Path) -> None:
     assert command("evaluate", [str(folder / "a"), *options, "--json", str(file)]) == 0
     protocol = json.loads(file.read_text())["protocol"]
     assert protocol == {"window": [32, 32], "step": [16, 16], "scales": [0.5, 1.0], "flip": True}
+
+
+def test_the_window_of_the_config_is_used_unless_another_is_given(folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "last.pt", tiny_config(folder / "data", eval={"window": [32, 48]}))
+    for options, window in (([], [32, 48]), (["--window", "16", "16"], [16, 16])):
+        file = tmp_path / "scores.json"
+        assert command("evaluate", [str(tmp_path / "last.pt"), *options, "--json", str(file)]) == 0
+        assert json.loads(file.read_text())["protocol"]["window"] == window
+
+
+def test_class_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("car [parked]", "[void]", "[/]", "[bold]x", ":smile:", "$a$")
+    scores = Scores(names, torch.eye(6, dtype=torch.long), torch.ones(3, 6), torch.ones(3, 15).double())
+    run = RunScores("[/title]", scores, {"run": "[/run]"})
+    print_run(run)
+    print_comparison(run, run)
+    shown = capsys.readouterr().out
+    assert all(shown.count(name) >= 2 for name in names), shown
 
 
 def test_two_runs_class_by_class(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

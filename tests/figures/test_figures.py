@@ -17,9 +17,19 @@ from protoseg.commands.cli import execute as command
 from protoseg.core.health import Health
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.data.classes.palette import default_palette
-from protoseg.figures.pictures import ONLY_FIRST, ONLY_SECOND, difference_map, outlined, resized, shades
+from protoseg.figures import survey as survey_module
+from protoseg.figures.pictures import (
+    ONLY_FIRST,
+    ONLY_SECOND,
+    difference_map,
+    outlined,
+    resized,
+    save_figure,
+    shades,
+    without_maths,
+)
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure, embedding_figure, project
-from protoseg.figures.sample_figures import patches_figure, which_prototype_figure
+from protoseg.figures.sample_figures import patches_figure, sample_figure, which_prototype_figure
 from protoseg.figures.survey import crop_around, read_samples, similarity_maps, spread_indices, survey
 from protoseg.figures.training_figures import curves_figure, health_figure
 from protoseg.models.official import OfficialPrototypeHead
@@ -309,7 +319,8 @@ def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     write_checkpoint(linear / "last.pt", tiny_config(tmp_path / "data", classifier="linear", **small))
     assert model.prototypes is not None
     line = {"kind": "eval", "mIoU": 0.5, "prototype_health": model.prototypes.health().to_plain()}
-    (ours / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **line}) + "\n" for s in (1, 2)))
+    lines = [{"step": 1, **line}, {"step": 2, **line, "mIoU": None}]  # labels that are all ignored
+    (ours / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     assert command("vis_prototypes", [str(linear)]) == 2
     assert "a linear classifier has no prototypes" in capsys.readouterr().err
     assert command("vis_prototypes", [str(ours), str(linear), "--format", "pdf", "--samples", "2"]) == 0
@@ -324,6 +335,29 @@ def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "https://" not in page
     assert "prediction of" in page
     assert page.count("data:image/png") >= len(names), "the figures are in the page, whatever the format"
+    for path in (tmp_path / "data/labels/train").iterdir():
+        Image.fromarray(np.full_like(Image.open(path), 255)).save(path)
+    assert command("vis_prototypes", [str(ours)]) == 2
+    assert "train: no labelled pixel in 3 images; choose another --split" in capsys.readouterr().err
+
+
+def test_the_middle_of_a_large_image_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = planted_model(), PlantedSet()
+    monkeypatch.setattr(survey_module, "WHOLE_PIXELS", 24 * 24)
+    (sample,) = read_samples(model, data, [4])
+    assert np.array_equal(sample.image, data.read(4)[0][:, 12:36, 12:36].permute(1, 2, 0))
+    assert np.array_equal(sample.label, data.read(4)[1][12:36, 12:36])
+    assert sample.nearest.shape == (6, 6)
+
+
+def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
+    image, ids = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), int)
+    figure = sample_figure(image, ids, ids, ["$\\frac$"], ((9, 9, 9),), 255)
+    save_figure(figure, tmp_path / "sample.png")
+    lines = [{"kind": "train", "step": s, "loss": 10.0**s} for s in (1, 3)]
+    curves = without_maths(curves_figure(lines))
+    curves.draw_without_rendering()
+    assert "100" in [text.get_text() for text in curves.axes[0].get_yticklabels()]
 
 
 def test_curves_of_a_run_in_which_nothing_is_known_yet() -> None:

@@ -19,6 +19,7 @@ from protoseg.models.checkpoint import load_checkpoint, load_segmenter
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
 from protoseg.training import loop as trainer
+from protoseg.training import resume
 from protoseg.training.step import Run, build_run, train_step
 
 CONTRAST = {"mode": "memory", "anchors_per_class": 8, "pool_size": 128, "positives": 16, "negatives": 32}
@@ -113,7 +114,7 @@ def test_resumed_run_equals_uninterrupted(
 ) -> None:
     config = tiny("linear", data=folder)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    save = trainer.save_checkpoint
+    save = resume.save_checkpoint
 
     def save_and_keep(path: Path, content: dict[str, Any]) -> None:
         save(path, content)
@@ -121,8 +122,9 @@ def test_resumed_run_equals_uninterrupted(
             resumed.mkdir()
             shutil.copy(path, resumed / "last.pt")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save_and_keep)
+    monkeypatch.setattr(resume, "save_checkpoint", save_and_keep)
     trainer.train(config, straight)
+    assert load_checkpoint(resumed / "last.pt")["step"] == 3
     trainer.train(config, resumed, resume="auto")
     a, b = (load_checkpoint(out / "last.pt") for out in (straight, resumed))
     assert {"memory.rows_SD"} <= a["contrast"].keys()
@@ -130,6 +132,10 @@ def test_resumed_run_equals_uninterrupted(
         assert a[kind].keys() == b[kind].keys()
         for name in a[kind]:
             assert torch.equal(a[kind][name], b[kind][name]), name
+    for kind in ("images", "labels"):
+        shutil.copy(tmp_path / f"data/{kind}/train/0.png", tmp_path / f"data/{kind}/train/9.png")
+    with pytest.raises(UserError, match=r"last.pt: the training set had another number of images when this"):
+        trainer.train(config, resumed, resume="auto")
 
 
 def test_nothing_is_left_in_the_trained_model(tmp_path: Path, folder: dict[str, Any]) -> None:

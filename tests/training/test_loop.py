@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
+from PIL import Image
 from tiny import CLASSES, PALETTE, write_folder
 from torch import nn
 from torchvision.io import write_png
@@ -23,10 +25,13 @@ from protoseg.commands.cli import execute as command
 from protoseg.config import Config, config_from, load_config
 from protoseg.data.datasets import open_dataset
 from protoseg.data.loader import Batch
+from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
 from protoseg.models.checkpoint import load_checkpoint, load_segmenter, save_checkpoint
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
+from protoseg.training import loop
 from protoseg.training.loop import train
+from protoseg.training.optimizer import learning_rate_factor
 from protoseg.training.step import NonFiniteLoss, build_run, train_step
 
 DATA = {"name": "folder", "classes": CLASSES, "palette": PALETTE}
@@ -263,6 +268,70 @@ def test_resume_with_another_config(trained: Path, tmp_path: Path, capsys: pytes
     arguments = [str(write_config(tmp_path)), "--out", str(trained), "--resume", "auto", "optim.lr=0.5"]
     text = errors_of(capsys, "train", arguments)
     assert "optim.lr differ" in text
+
+
+def test_a_longer_run_goes_on_if_it_is_told_to(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "longer"
+    shutil.copytree(trained, out)
+    again = [str(write_config(tmp_path)), "--out", str(out), "--resume", "auto", "train.log_interval=1"]
+    text = errors_of(capsys, "train", [*again, "train.iterations=6"])
+    assert "was to end at train.iterations=4, now 6; add --extend to go on" in text
+    text = errors_of(capsys, "train", [*again, "--extend", "train.iterations=3"])
+    assert "--extend: train.iterations=3 is not more than the 4" in text
+    text = errors_of(capsys, "train", [*again, "--extend", "train.iterations=6", "optim.lr=0.5"])
+    assert "optim.lr, train.iterations differ" in text
+    assert command("train", [*again, "--extend", "train.iterations=6"]) == 0
+    steps = {line["step"]: line["lr"] for line in metrics(out) if line["kind"] == "train"}
+    optim = tiny().optim
+    for step in (5, 6):  # as the longer schedule has it
+        factor = learning_rate_factor(step - 1, 6, optim.warmup_iterations, optim.power)
+        assert steps[step] == pytest.approx(optim.lr * optim.head_lr_multiplier * factor)
+    assert json.loads((out / "results.json").read_text())["step"] == 6
+
+
+def test_an_evaluation_that_fails_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of the step is written before, and the window that is set reaches the model."""
+    config, out = tiny(eval={"interval": 2, "window": (48, 40)}), tmp_path / "run"
+    windows = []
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    def seen(model: Any, image: Any, size: Any, protocol: InferenceSettings) -> Prediction:
+        windows.append(protocol.window)
+        return segment(model, image, size, protocol)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluate", killed)
+        with pytest.raises(MemoryError):
+            train(config, out)
+    assert load_checkpoint(out / "last.pt")["step"] == 2
+    assert not [line for line in metrics(out) if line["kind"] == "eval"]
+    monkeypatch.setattr(loop, "segment", seen)
+    train(config, out, resume="auto")
+    assert [line["step"] for line in metrics(out) if line["kind"] == "eval"] == [2, 4]
+    assert windows == [(48, 40)] * 6
+
+
+@pytest.mark.parametrize("name", ["mlp", "fcn", "aspp", "ocr"])
+def test_one_value_per_channel_is_one_line(name: str, tmp_path: Path) -> None:
+    config = tiny(decode_head={"name": name}, train={"accumulation": 2})
+    with pytest.raises(UserError, match=r"crop.*(larger|more)") as found:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(found.value)
+
+
+def test_labels_that_are_ignored_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = tmp_path / "data"
+    write_folder(root)
+    for path in (root / "labels/val").iterdir():
+        write_png(torch.full((1, *Image.open(path).size[::-1]), 255, dtype=torch.uint8), str(path))
+    results = train(tiny(data={"root": str(root)}), tmp_path / "run")
+    assert results["mIoU"] is results["best_mIoU"] is None
+    assert "note: no mIoU and no best.pt at step 4: val has no labelled pixel" in capsys.readouterr().out
+    assert not (tmp_path / "run/best.pt").exists()
 
 
 def test_finished_run_resumes_to_its_results(trained: Path, tmp_path: Path) -> None:

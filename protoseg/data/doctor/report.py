@@ -49,7 +49,7 @@ def write_bad_files(report: DataReport, path: str | Path) -> None:
 
 def print_report(report: DataReport, console: Console | None = None) -> None:
     """The report for people: findings, class table, advice."""
-    console = console or Console()
+    console = console or Console(emoji=False)
     counts = ", ".join(f"{number} {split}" for split, number in report.images.items())
     console.print(
         f"[bold]{escape(report.dataset)}[/] at {escape(report.root)}: images {counts}", highlight=False
