@@ -21,7 +21,8 @@ from protoseg.runtime import distributed
 from protoseg.runtime.console import clock
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json, write_text
-from protoseg.training.log import environment, peak_memory_gb
+from protoseg.runtime.memory import peak_memory_gb
+from protoseg.training.log import environment
 from protoseg.training.placement import place_prototypes_
 from protoseg.training.resume import checkpoint_to_resume
 from protoseg.weights.foreign_backbone import load_backbone_weights
