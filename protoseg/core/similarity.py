@@ -252,7 +252,8 @@ class _PrototypeScores(torch.autograd.Function):
                 lse_grad_bDp = lse_grad_BDP[images, :, at]
                 lse_grad_Dn = weighted_DM @ exp_Mn.to(rows_MD.dtype)
                 lse_grad_bDp.copy_(_as_maps(lse_grad_Dn.div_(sum_n), lse_grad_bDp))
-        own_NK.masked_fill_(~live_C[label_N][:, None], -1.0)
+        # Not in place: torch 2.11 compiles that without own_NK's gradient.
+        own_NK = own_NK.masked_fill(~live_C[label_N][:, None], -1.0)
         # A copy, so that the prototypes may move before backward.
         table_MD = _k_major(protos_CKD * live_C[:, None, None])
         ctx.save_for_backward(emb_ND if is_map else None, length_N1, lse_grad_BDP, best_CN, label_N, table_MD)

@@ -394,3 +394,20 @@ def test_labels_of_classes_without_prototypes_are_ignored():
     labels = torch.tensor([[-1, 0, 1], [2, 3, 200], [255, 4, 1]])
     assert head.known(labels).tolist() == [[-1, 0, 1], [255, 255, 200], [255, 4, 1]]
     assert head.known(labels.to(torch.uint8)).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("term", ["ppc", "ppd"])
+def test_compiled_step_has_the_same_gradient(term: str) -> None:
+    torch.manual_seed(0)
+    head = PrototypeHead(8, 4, 3, start="random")
+    features, labels = torch.randn(2, 8, 5, 5), torch.randint(0, 4, (2, 5, 5))
+
+    def loss(features: Tensor) -> Tensor:
+        return getattr(head.training_step(2 * features, labels), term)
+
+    gradients = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        inputs = features.clone().requires_grad_()
+        function(inputs).backward()
+        gradients.append(inputs.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
