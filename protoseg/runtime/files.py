@@ -48,8 +48,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Folders are made. Errors: UserError if the file cannot be written; an older one then stays as it was.
     """
-    # A digest, since the name of the file itself may leave no room for an ending.
-    part = path.with_name(f".{hashlib.sha1(os.fsencode(path.name)).hexdigest()}.part")
+    # A digest, since the name of the file itself may leave no room for an ending; one for each process, since
+    # two may write the same features.
+    part = path.with_name(f".{hashlib.sha1(os.fsencode(path.name)).hexdigest()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

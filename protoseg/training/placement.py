@@ -33,9 +33,8 @@ class Moments:
 
     def add_(self, rows_ND: Tensor, labels_N: Tensor) -> None:
         """Labels in 0 … C − 1."""
-        rows_ND = rows_ND.double()
         self.counts_C += torch.bincount(labels_N, minlength=len(self.counts_C))
-        self.sums_CD.index_add_(0, labels_N, rows_ND)
+        self.sums_CD.index_add_(0, labels_N, rows_ND.double())
         self.squares_DD += rows_ND.T @ rows_ND
 
     def centre_and_whitening(self, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:

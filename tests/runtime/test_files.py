@@ -80,3 +80,14 @@ def test_names_that_do_not_fit_are_made_to_and_stay_different(tmp_path: Path) ->
     for name in made:
         assert len(name.encode("utf-8")) <= LONGEST_NAME
         (tmp_path / f"{name}_12345678.png").touch()
+
+
+def test_two_processes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with whole_file(tmp_path / "a") as mine:
+        mine.write_text("mine")
+        monkeypatch.setattr("os.getpid", lambda: 7)
+        with whole_file(tmp_path / "a") as other:
+            other.write_text("other")
+        assert (tmp_path / "a").read_text() == "other"
+    assert (tmp_path / "a").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
