@@ -402,7 +402,7 @@ def test_compiled_step_has_the_same_gradient(term: str) -> None:
     head = PrototypeHead(8, 4, 3, start="random")
     features, labels = torch.randn(2, 8, 5, 5), torch.randint(0, 4, (2, 5, 5))
 
-    def loss(features: Tensor) -> Tensor:
+    def loss(features: torch.Tensor) -> torch.Tensor:
         return getattr(head.training_step(2 * features, labels), term)
 
     gradients = []
