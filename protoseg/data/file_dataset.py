@@ -67,7 +67,7 @@ class FileDataset:
 
     def stamp(self, index: int) -> str:
         file = self.files[index][0].stat()
-        return f"{self.names[index]}, {file.st_size} bytes of {file.st_mtime_ns}"
+        return f"{self.names[index]}, {file.st_size} bytes of {file.st_mtime_ns}, {self.read_image}"
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image_file, label_file = self.files[index]

@@ -45,13 +45,13 @@ def train(config: Config, out: Path, resume: str | None = None, extend: bool = F
     device = distributed.setup()
     checkpoint = checkpoint_to_resume(out, resume)
     content = load_checkpoint(checkpoint) if checkpoint else None
-    if content is not None and config.data.value_range == "auto":  # measured once, when training began
-        stored = config_from(content["config"], str(checkpoint)).data.value_range
-        data = config.data.model_copy(update={"value_range": stored})
-        config = config.model_copy(update={"data": data})
-    elif content is None:
+    if content is None:
         config = measured(config)
-    if content is not None:
+    else:
+        if config.data.value_range == "auto":  # measured once, when training began
+            stored = config_from(content["config"], str(checkpoint)).data.value_range
+            data = config.data.model_copy(update={"value_range": stored})
+            config = config.model_copy(update={"data": data})
         require_same_config(content["config"], config, checkpoint, extend)
     train_set, val_set = (
         open_dataset(config, split) for split in (config.data.train_split, config.data.val_split)

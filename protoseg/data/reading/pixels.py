@@ -82,6 +82,7 @@ def _read_other(content: bytes, bands: Sequence[int] | None, page: int | None) -
     """All that is no TIFF; as stored, not turned."""
     moving = content[:8] == PNG_SIGNATURE and b"acTL" in content[:4096]
     if (content[:3] == b"\xff\xd8\xff" or content[:8] == PNG_SIGNATURE) and not moving:
+        require_page(1, page)
         mode = io.ImageReadMode.RGB if bands is None else io.ImageReadMode.UNCHANGED
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         try:

@@ -295,8 +295,10 @@ def test_bands_and_page_of_a_dataset(tmp_path):
     data = folder(tmp_path, {"a.tif": np.zeros((16, 24), np.uint8)})
     values = RNG.integers(0, 256, (2, 16, 24, 4)).astype(np.uint8)
     tifffile.imwrite(tmp_path / "images/train/a.tif", values, photometric="rgb", extrasamples=["unspecified"])
-    image = build_dataset("folder", split="train", bands=(4, 3, 2), page=2, **data).read(0)[0]
-    assert np.array_equal(image.permute(1, 2, 0), values[1][..., [3, 2, 1]])
+    chosen = build_dataset("folder", split="train", bands=(4, 3, 2), page=2, **data)
+    assert np.array_equal(chosen.read(0)[0].permute(1, 2, 0), values[1][..., [3, 2, 1]])
+    other = build_dataset("folder", split="train", bands=(4, 3, 2), page=1, **data)
+    assert chosen.stamp(0) != other.stamp(0), "what is kept of an image is kept of this reading of it"
 
 
 def test_palette_inverted_grey_and_few_bits(tmp_path):
