@@ -23,7 +23,7 @@ from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json, write_text
 from protoseg.runtime.memory import peak_memory_gb
 from protoseg.training.log import environment
-from protoseg.training.placement import place_prototypes_
+from protoseg.training.placement import place_prototypes_, shrinkage_for
 from protoseg.training.resume import checkpoint_to_resume
 from protoseg.weights.foreign_backbone import load_backbone_weights
 
@@ -55,7 +55,7 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
     generator = torch.Generator().manual_seed(config.train.seed)
     indices = torch.randperm(len(train_set), generator=generator)[:images].tolist()
     started = time.perf_counter()
-    place_prototypes_(model, train_set, indices, config.train.seed, device)
+    place_prototypes_(model, train_set, indices, shrinkage_for(len(indices)), config.train.seed, device)
     seconds = time.perf_counter() - started
     save_segmenter(out / "last.pt", model, config, train_set.classes, train_set.palette)
     write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))

@@ -15,7 +15,7 @@ from protoseg.config import config_from, load_config
 from protoseg.models.build import build_model
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.decode_heads import build_decode_head
-from protoseg.training.placement import Moments, place_prototypes_
+from protoseg.training.placement import Moments, place_prototypes_, shrinkage_for
 
 
 def values(root: Path) -> dict[str, Any]:
@@ -62,6 +62,10 @@ def test_whiten_head_equals_its_equation() -> None:
             torch.testing.assert_close(got[1, :, i, j], expected)
 
 
+def test_few_images_are_trusted_less() -> None:
+    assert [shrinkage_for(n) for n in (1, 10, 50, 10_000)] == [1, 1, 0.2, 0.01]
+
+
 class Pixels:
     """Classes told apart by the first of three channels, which vary much more in the other two."""
 
@@ -90,7 +94,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_what_varies_within_classes_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     data, model = Pixels(), planted(monkeypatch)
-    place_prototypes_(model, data, range(3), 0, torch.device("cpu"))
+    place_prototypes_(model, data, range(3), 0.01, 0, torch.device("cpu"))
     assert model.classifier.initialized.tolist() == [True, True, False]
     torch.testing.assert_close(model.classifier.prototypes.norm(dim=2)[:2], torch.ones(2, 2))
     image, label = data.read(3)
