@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from protoseg.config import DataConfig
 from protoseg.data.datasets import build_dataset
+from protoseg.data.doctor.check import check_dataset
 from protoseg.data.doctor.prepare import prepare_ade20k_full
 from protoseg.data.reading.label_ids import IGNORE, export_ids
 from protoseg.data.specs import DATASETS
@@ -177,6 +179,8 @@ def test_voc_palette_files_and_lists(tmp_path):
         UserError, match=r"1 image.s. without label .*000033.*1 listed name.s. without image .2007_000999"
     ):
         build_dataset("voc", root=tmp_path, split="val")
+    report = check_dataset(DataConfig(name="voc", root=tmp_path))
+    assert report.bad_files == ["JPEGImages/2007_000033.jpg"], "a name in a list is no file to leave out"
     with pytest.raises(UserError, match=r"trainval.txt: cannot read this list.*voc2012"):
         build_dataset("voc", root=tmp_path, split="trainval")
 

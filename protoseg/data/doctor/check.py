@@ -44,7 +44,7 @@ def check_dataset(
         *diagnose_values(facts, trained_on, image_reader(data).value_range),
         *diagnose_classes(rows, data.train_split, any(f.id_counts for f in trained_on)),
     ]
-    bad = {file for finding in findings if finding.severity == "error" for file in finding.files}
+    bad = {name for finding in findings if finding.severity == "error" for name in finding.files}
     return DataReport(
         dataset=data.name,
         root=str(root),
@@ -56,5 +56,5 @@ def check_dataset(
         ids=id_rows if any(row.meaning == "?" for row in id_rows) or advice else [],
         advised_label_map=advice.label_map if advice else None,
         advice_ignores=advice.ignored_share if advice else 0.0,
-        bad_files=sorted(bad),
+        bad_files=sorted(name for name in bad if (root / name).is_file()),  # not what a list only names
     )

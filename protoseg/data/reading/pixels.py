@@ -19,6 +19,7 @@ Image.MAX_IMAGE_PIXELS = None  # a guard against uploads, but these are the user
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 0x0112
+_NODATA = 42113  # of GDAL: the value where nothing was measured, read as NaN here
 _MARKS = (b"Exif\0\0", b"eXIf", b"EXIF", b"Raw profile type exif", b"tiff:Orientation")
 
 
@@ -127,6 +128,9 @@ def _read_tiff(content: bytes, bands: Sequence[int] | None, page: int | None) ->
         if chosen.photometric == 0:
             top = 255 if values.dtype.kind not in "ui" else np.iinfo(values.dtype).max
             values = top - values if bits <= 8 or bits == 8 * values.dtype.itemsize else 2**bits - 1 - values
+        nodata = chosen.tags.get(_NODATA)
+        if nodata is not None and values.dtype.itemsize > 1:
+            values = np.where(values == float(nodata.value), np.float32(np.nan), values.astype(np.float32))
         extra = tuple(chosen.extrasamples or ())
         colour_bands = len(values) - len(extra)
         alpha = [colour_bands + i for i, kind in enumerate(extra) if kind in (1, 2)]

@@ -85,7 +85,8 @@ def to_bytes(values: NDArray, value_range: Range | None) -> NDArray[np.uint8]:
     """Values of any type as 0…255: low becomes 0, high 255, what is beyond is cut off, NaN 0.
 
     Without a range 8 bits stay as they are and 16 become the upper 8. Raises ValueError for all others, and
-    for 16 bits that fill less than a tenth of them: their range is not that of the type.
+    for 16 bits that fill less than a tenth of them: their range is not that of the type; with a range, for 8
+    bits that cannot fill a tenth of it.
     """
     if value_range is None:
         if values.dtype == np.uint8:
@@ -100,5 +101,10 @@ def to_bytes(values: NDArray, value_range: Range | None) -> NDArray[np.uint8]:
     low, high = value_range
     if values.dtype == np.uint8 and (low, high) == (0, 255):
         return values
+    if values.dtype == np.uint8 and SMALLEST_SHARE * (high - low) > 255:
+        raise ValueError(
+            f"8 bits, but the range of the others is {low:g} to {high:g}: nearly one grey of it; give"
+            " data.value_range: [0, 255] (predict: --value-range 0 255) if it is a picture like them"
+        )
     scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
     return np.rint(np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255)).astype(np.uint8)

@@ -163,6 +163,29 @@ def test_what_lies_beyond_the_range_and_is_no_number(tmp_path):
     assert got == [0, 0, 128, 255, 255, 0, 255, 0]
 
 
+@pytest.mark.parametrize(("dtype", "nothing"), [("int16", -9999), ("uint16", 65535), ("float32", -3.4e38)])
+def test_pixels_without_a_measurement_do_not_stretch_the_range(tmp_path, dtype, nothing):
+    values = grey16(".tif", dtype, 16)
+    data = folder(tmp_path, {"a.tif": values})
+    values[:4] = nothing
+    tag = (42113, "s", 0, str(nothing), True)
+    tifffile.imwrite(tmp_path / "images/train/a.tif", values, extratags=[tag])
+    images = build_dataset("folder", split="train", **data)
+    assert images.read_image.value_range == (0, 4095)
+    image = images.read(0)[0][0]
+    assert (image[:4] == 0).all()
+    assert np.abs(image[4:].numpy() - values[4:].astype(np.float64) / 4095 * 255).max() <= 0.51
+
+
+def test_eight_bits_among_images_of_sixteen_are_refused(tmp_path):
+    path = save(tmp_path / "a.png", COLOUR)
+    with pytest.raises(
+        UserError, match=r"8 bits, but the range of the others is 0 to 4095.*--value-range 0 255"
+    ):
+        read_image(path, value_range=(0, 4095))
+    assert np.array_equal(hwc(path, value_range=(0, 255)), COLOUR)
+
+
 @pytest.mark.parametrize(("dtype", "top"), [("uint16", 4000), ("int32", 200), ("float32", 0.5)])
 def test_no_range_is_guessed_from_one_image(tmp_path, dtype, top):
     tifffile.imwrite(tmp_path / "a.tif", np.full((4, 4), top, dtype))
