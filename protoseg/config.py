@@ -6,11 +6,13 @@ chosen variant first; the file's own keys and the command line's `key.sub=value`
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from protoseg.core.settings import ContrastSettings, PrototypeSettings
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.shipped import find_config
 from protoseg.runtime.strict_yaml import parse_yaml
@@ -99,45 +101,11 @@ class DecodeHeadConfig(Section):
     dropout: Probability = 0.1
 
 
-class PrototypesConfig(Section):
-    """The nonparametric classifier (method: ProtoSeg, CVPR 2022)."""
-
-    num_per_class: Positive = 10
-    momentum: Probability = 0.999  # μ
-    kappa: Annotated[float, Field(gt=0)] = 0.05
-    sinkhorn_iterations: Positive = 3
-    temperature: Annotated[float, Field(gt=0)] = 0.1  # τ of PPC
-    logit_scale: Annotated[float, Field(gt=0)] = 20.0
-    start: Literal["data", "random"] = "data"
-    update_pixels: Literal["all", "correct"] = "all"
-    score_norm: Literal["scale", "layer_norm"] = "scale"
-    revive_after: Annotated[int, Field(ge=0)] = 100  # steps without a pixel; 0: never
-
-
-class ContrastConfig(Section):
-    """Cross-image pixel contrast (ICCV 2021), beside either classifier; counts, τ and λ are the paper's."""
-
-    mode: Literal["none", "intra_image", "batch", "memory"] = "none"
-    memory: Literal["pixel", "region", "both"] = "both"
-    dim: Positive = 256  # channels of the projection
-    anchors_per_class: Positive = 50  # in the whole batch
-    anchor_sampler: Literal["random", "seg_hard"] = "seg_hard"
-    pair_sampler: Literal["random", "hardest", "semi_hard"] = "semi_hard"
-    positives: Positive = 1024  # per anchor
-    negatives: Positive = 2048
-    pool_size: Positive | Literal["full"] = 4096  # candidates of a step, shared by its anchors
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0  # steps in which the memory fills and the loss is 0
-    pixels_per_image: Positive = 10  # V: pixels of a class that enter the memory
-    memory_size: Positive | None = None  # T: pixels per class; None: ten per training image
-    cap_mb: Annotated[float, Field(gt=0)] = 256
-    storage: Literal["float32", "float16"] = "float32"
-
-
 class LossConfig(Section):
     """Weights: the total is CE + ppc·PPC + ppd·PPD + auxiliary·(auxiliary CE) + contrast·(pixel contrast)."""
 
     ppc: NonNegative = 0.01
+    ppc_pixels: Annotated[float, Field(gt=0, le=1)] = 0.125  # share of the pixels that PPC is computed of
     ppd: NonNegative = 0.01
     auxiliary: NonNegative = 0.4
     contrast: NonNegative = 1.0  # λ of the pixel contrast, where contrast.mode switches it on
@@ -191,9 +159,9 @@ class Config(Section):
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     decode_head: DecodeHeadConfig = DecodeHeadConfig()
-    prototypes: PrototypesConfig = PrototypesConfig()
+    prototypes: PrototypeSettings = PrototypeSettings()  # the classifier; method: ProtoSeg, CVPR 2022
     loss: LossConfig = LossConfig()
-    contrast: ContrastConfig = ContrastConfig()
+    contrast: ContrastSettings = ContrastSettings()  # beside either classifier (ICCV 2021)
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -230,23 +198,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prototypes": {
             "momentum": 0.999,
             "logit_scale": 1.0,
+            "prior": "none",
             "update_pixels": "all",
             "start": "random",
             "revive_after": 0,
         },
-        "loss": {"ppc": 0.01, "ppd": 0.01},
+        "loss": {"ppc": 0.01, "ppc_pixels": 1.0, "ppd": 0.01},
     },
     "official": {
         "prototypes": {
             "momentum": 0.999,
             "temperature": 1.0,
             "score_norm": "layer_norm",
+            "prior": "none",
             "update_pixels": "correct",
             "start": "random",
             "revive_after": 0,
         },
-        "loss": {"ppc": 0.01, "ppd": 0.001},
+        "loss": {"ppc": 0.01, "ppc_pixels": 1.0, "ppd": 0.001},
     },
+}
+# What a stored configuration means that lacks these keys: it is from before they came.
+BEFORE: dict[str, Any] = {
+    "prototypes": {"prior": "none", "momentum": 0.999, "update_pixels": "all"},
+    "loss": {"ppc_pixels": 1.0},
 }
 
 
@@ -311,6 +286,11 @@ def validated(model: type[AnySection], values: dict[str, Any], where: str) -> An
         raise UserError(f"{where}: {key + ': ' if key else ''}{message}{given}") from None
 
 
+def stored_config(values: dict[str, Any], where: str) -> Config:
+    """The configuration of a checkpoint, of this version or an older one: keys that have left are dropped."""
+    return config_from(merge(BEFORE, _known_keys(Config, values)), where)
+
+
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `top` on it; sections are merged, everything else is replaced."""
     merged = dict(base)
@@ -349,31 +329,47 @@ def parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
-def _check_keys(model: type[BaseModel], values: dict[str, Any], where: str, prefix: str = "") -> None:
+def _sections(kind: Any) -> dict[str, Any]:
+    """Names of the keys of a section, with the type of those that are sections themselves."""
+    if is_dataclass(kind):
+        return {field.name: None for field in fields(kind)}
+    types = {name: field.annotation for name, field in kind.model_fields.items()}
+    return {
+        name: each if isinstance(each, type) and (is_dataclass(each) or issubclass(each, BaseModel)) else None
+        for name, each in types.items()
+    }
+
+
+def _check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "") -> None:
     """Unknown keys, with the nearest valid one; pydantic alone would not suggest any."""
-    fields = model.model_fields
+    known = _sections(kind)
     for key, value in values.items():
-        if key not in fields:
+        if key not in known:
             near = [name for name in _dotted_names(Config) if name.endswith(f".{key}")]
-            near = near or difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            near = near or difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {prefix if '.' not in near[0] else ''}{near[0]}?" if near else ""
-            hint = hint or f"valid here: {', '.join(fields)}"
+            hint = hint or f"valid here: {', '.join(known)}"
             raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        section = fields[key].annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if known[key] is not None:
             if not isinstance(value, dict):
                 raise UserError(
                     f"{where}: {prefix}{key} is a section, got {value!r:.60}; write its keys below it"
                 )
-            _check_keys(section, value, where, f"{prefix}{key}.")
+            _check_keys(known[key], value, where, f"{prefix}{key}.")
 
 
-def _dotted_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+def _known_keys(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values whose keys exist."""
+    known = _sections(kind)
+    return {
+        key: _known_keys(known[key], value) if known[key] is not None and isinstance(value, dict) else value
+        for key, value in values.items()
+        if key in known
+    }
+
+
+def _dotted_names(kind: Any, prefix: str = "") -> list[str]:
     names: list[str] = []
-    for key, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            names += _dotted_names(section, f"{prefix}{key}.")
-        else:
-            names.append(f"{prefix}{key}")
+    for key, section in _sections(kind).items():
+        names += [f"{prefix}{key}"] if section is None else _dotted_names(section, f"{prefix}{key}.")
     return names

@@ -12,9 +12,9 @@ import pytest
 # of one line do not import each other.
 HOUSE = {
     "core": [
-        "similarity losses draws",
-        "clustering contrast_memory",
-        "health editing contrast_sampling",
+        "reference similarity losses draws settings",
+        "clustering health pixel_scores contrast_memory",
+        "editing update contrast_sampling",
         "prototypes contrast",
     ],
     "runtime": ["errors signals", "distributed files memory console shipped strict_yaml"],
@@ -41,7 +41,7 @@ HOUSE = {
     "weights": ["names foreign_files pretrained", "head_names", "foreign_backbone", "foreign_segmenter"],
     "evaluation": ["inference nearest_patches", "scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
-    "training": ["optimizer feature_cache placement", "log step", "resume", "loop"],
+    "training": ["objective feature_cache placement", "optimizer log", "step", "resume", "loop"],
     "commands": [
         "arguments video sweep_rows sweep_tables",
         "prediction_files",

@@ -165,7 +165,7 @@ def write_gallery(
         names=(first.name, other),
         second=[sample.prediction for sample in seen[1].samples] if other else (),
         figures=entries,
-        score_name="cosine" if head.score_norm == "scale" else "normalised score",
+        score_name="cosine",
     )
     write_text(out / "index.html", page)
     save_patches(

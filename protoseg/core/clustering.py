@@ -25,18 +25,17 @@ def sinkhorn(
     kappa: float = 0.05,
     iterations: int = 3,
     *,
-    log_domain: bool | None = None,
     all_reduce: AllReduce | None = None,
 ) -> Tensor:
     """Transport plan between each class's pixels and its K prototypes, all classes at once.
 
     own_NK: similarities iᵀp_yk with the pixel's own class; labels_N: int, −1 takes no part. Solves
     max Tr(LᵀPᵀX) + κH(L) with every pixel giving 1 and every prototype taking N_c/K by
-    `iterations` rounds of prototype marginal, then pixel marginal. log_domain: default below κ = 0.03.
+    `iterations` rounds of prototype marginal, then pixel marginal; with logarithms below κ = 0.03.
     Returns plan_NK, rows summing to 1, zero rows where the label is −1. No gradient passes.
     """
     own_NK, labels_N = at_least_single(own_NK.detach()), labels_N.long()
-    if kappa < LOG_DOMAIN_BELOW if log_domain is None else log_domain:
+    if kappa < LOG_DOMAIN_BELOW:
         return _sinkhorn_log(own_NK, labels_N, num_classes, kappa, iterations, all_reduce)
     taking_part_N = labels_N >= 0
     class_N = labels_N.clamp(min=0)
@@ -148,6 +147,20 @@ def momentum_update(protos_CKD: Tensor, means_CKD: Tensor, counts_CK: Tensor, mo
     length_CK1 = moved_CKD.norm(dim=-1, keepdim=True)
     moves_CK1 = (counts_CK[..., None] > 0) & (norm_CK1 >= MIN_NORM) & (length_CK1 >= MIN_NORM)
     return torch.where(moves_CK1, moved_CKD / length_CK1.clamp(min=MIN_NORM), protos_CKD)
+
+
+def auto_momentum(iterations: int) -> float:
+    """μ for a run of so many steps: ten time constants, but not below 0.99 or above 0.999, the paper's."""
+    return min(0.999, max(0.99, 1 - 10 / max(iterations, 1)))
+
+
+def log_prior(pixel_counts_C: Tensor, live_C: Tensor) -> Tensor:
+    """log π_c (C,), π_c the class's share of the pixels seen of live classes, one pixel added to each.
+
+    0 for classes that are not live.
+    """
+    counts_C = torch.where(live_C, pixel_counts_C + 1, 0)
+    return torch.where(live_C, counts_C / counts_C.sum().clamp(min=1), 1).log()
 
 
 def spread_prototypes(

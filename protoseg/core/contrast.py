@@ -11,29 +11,20 @@ given class, K and R sampled positives and negatives, A anchors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.core.contrast_memory import Gather, PixelMemory, Reduce, full_precision
-from protoseg.core.contrast_sampling import (
-    ANCHOR_SAMPLERS,
-    PAIR_SAMPLERS,
-    Pool,
-    balanced_pool,
-    full_pool,
-    select_anchors,
-    select_pairs,
-)
+from protoseg.core.contrast_memory import Gather, PixelMemory, Reduce
+from protoseg.core.contrast_sampling import Pool, balanced_pool, full_pool, select_anchors, select_pairs
 from protoseg.core.draws import Groups, class_map, draw_state, fold, pixel_keys, sort_groups
+from protoseg.core.settings import ContrastSettings
+from protoseg.core.similarity import at_least_single
 
-MODES = ("intra_image", "batch", "memory")
 SIMILARITIES_AT_ONCE = 1 << 24  # anchors are scored in chunks of so many similarities (64 MB in float32)
 UNIFORMITY_ROWS = 256
-Project = Callable[[Tensor], Tensor]
 
 
 class ProjectionHead(nn.Module):
@@ -56,7 +47,7 @@ class ProjectionHead(nn.Module):
         hidden_BFP = torch.baddbmm(self.hidden.bias[:, None], weight, pixels_BFP).relu_()
         weight = self.out.weight.T.expand(batch, -1, -1)
         emb_BPD = torch.baddbmm(self.out.bias, hidden_BFP.transpose(1, 2), weight)
-        emb_BPD = F.normalize(full_precision(emb_BPD), dim=2)
+        emb_BPD = F.normalize(at_least_single(emb_BPD), dim=2)
         return emb_BPD.transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -69,6 +60,24 @@ class ContrastOutput(NamedTuple):
     empty: Tensor  # 1 if there was no qualifying anchor, else 0
     diagnostics: dict[str, Tensor]
     projected: Tensor  # (B, D, h, w), without gradient: what `enqueue_` takes
+
+    def summary(self, parts: int = 1) -> dict[str, Tensor]:
+        """Numbers for a log, 0-d, each a share of the mean over `parts` micro-batches; anchors are summed."""
+        means = {name: value.mean() / parts for name, value in self.diagnostics.items()}
+        return {f"contrast_{name}": v for name, v in means.items()} | {
+            "contrast_anchors": self.anchors,
+            "contrast_empty": self.empty / parts,
+        }
+
+
+class _Sums(NamedTuple):
+    """Sums over the anchors that qualify."""
+
+    loss: Tensor
+    anchors: Tensor
+    positive_cosine: Tensor  # mean of each anchor
+    hardest_cosine: Tensor  # largest of its drawn negatives
+    hard: Tensor  # anchors that the classifier got wrong
 
 
 def pixel_contrast_loss(
@@ -107,76 +116,47 @@ def uniformity(emb_ND: Tensor, valid_N: Tensor) -> Tensor:
 
 
 class PixelContrast(nn.Module):
-    """Pixel contrast with its memories; no learnable parameter, and kept outside the DDP module.
+    """Pixel contrast with its projection head, for training only, and its memories.
 
     Args:
-        dim, num_classes, num_images: channels of the projection, classes, images of the training set.
-        mode: "intra_image" (pairs within an image), "batch" (all images of the step) or "memory" (and the
-        memories).
-        memory, pixels_per_image, memory_size, cap_mb, storage_dtype: see PixelMemory; used in mode "memory".
-        anchors_per_class: over the whole mini-batch of all ranks; anchor_sampler "random" or "seg_hard".
-        positives, negatives: sampled pairs per anchor; pair_sampler "random", "hardest" or "semi_hard".
-        pool_size: candidates shared by all anchors, the same number for each class; None = all candidates.
+        channels: of the features that are compared. num_classes. num_images: of the training set.
+        project: the features go through a ProjectionHead; False: they are unit vectors already.
         seed: of all draws. all_gather (concatenates along axis 0 in rank order) and all_reduce (tensor,
         "sum") join the ranks, all with the same batch size; rank is this process's number.
+        settings: fields of ContrastSettings. mode "intra_image": pairs within an image; "batch": all images
+        of the step; "memory": and the memories.
     Errors: ValueError with the offending value.
     Source: ICCV 2021, sections 3.2 and 3.3.
     """
 
     def __init__(
         self,
-        dim: int,
+        channels: int,
         num_classes: int,
         num_images: int,
         *,
-        mode: str = "memory",
-        memory: str = "both",
-        anchors_per_class: int = 50,
-        positives: int = 1024,
-        negatives: int = 2048,
-        anchor_sampler: str = "seg_hard",
-        pair_sampler: str = "semi_hard",
-        temperature: float = 0.1,
-        pixels_per_image: int = 10,
-        memory_size: int | None = None,
-        cap_mb: float = 256,
-        storage_dtype: torch.dtype = torch.float32,
-        pool_size: int | None = 4096,
+        project: bool = True,
         seed: int = 0,
         all_gather: Gather | None = None,
         all_reduce: Reduce | None = None,
         rank: int = 0,
         ignore_index: int = 255,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        choices = ((mode, "mode", MODES), (anchor_sampler, "anchor_sampler", ANCHOR_SAMPLERS))
-        for value, name, known in (*choices, (pair_sampler, "pair_sampler", PAIR_SAMPLERS)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
-        for name, number in (
-            ("anchors_per_class", anchors_per_class),
-            ("positives", positives),
-            ("negatives", negatives),
-        ):
-            if number < 1:
-                raise ValueError(f"{name}={number} must be at least 1")
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} must be above 0")
-        if pool_size is not None and pool_size < 2 * num_classes:
-            raise ValueError(f"pool_size={pool_size} must be at least 2 per class, {2 * num_classes} here")
+        self.settings = s = ContrastSettings(**{"mode": "memory", **settings})
+        if s.mode == "none":
+            raise ValueError("mode='none' has no contrast to compute")
+        if s.pool_size != "full" and s.pool_size < 2 * num_classes:
+            raise ValueError(f"pool_size={s.pool_size} must be at least 2 per class, {2 * num_classes} here")
         if (all_gather is None) != (all_reduce is None):
             raise ValueError("all_gather and all_reduce must be given together")
-        self.dim, self.num_classes, self.ignore_index = dim, num_classes, ignore_index
-        self.mode, self.anchor_sampler, self.pair_sampler = mode, anchor_sampler, pair_sampler
-        self.anchors_per_class, self.positives, self.negatives = anchors_per_class, positives, negatives
-        self.temperature, self.pool_size, self.seed = temperature, pool_size, seed
+        self.num_classes, self.ignore_index, self.seed = num_classes, ignore_index, seed
         self.all_gather, self.all_reduce, self.rank = all_gather, all_reduce, rank
+        self.projection = ProjectionHead(channels, s.dim) if project else nn.Identity()
         self.memory = None
-        if mode == "memory":
-            self.memory = PixelMemory(
-                dim, num_classes, num_images, memory=memory, pixels_per_image=pixels_per_image,
-                memory_size=memory_size, cap_mb=cap_mb, storage_dtype=storage_dtype,
-            )  # fmt: skip
+        if s.mode == "memory":
+            self.memory = PixelMemory(s.dim if project else channels, num_classes, num_images, s)
 
     def forward(
         self,
@@ -184,15 +164,12 @@ class PixelContrast(nn.Module):
         labels: Tensor,
         predictions: Tensor,
         indices: Tensor,
-        step: int,
-        project: Project | None = None,
+        step: int | Tensor,
     ) -> ContrastOutput:
         """Contrast loss of one step; changes no state.
 
-        features (B, D, h, w): the projected embeddings, unit norm along D. Or, with `project` (the
-        ProjectionHead, maps to maps), its input (B, F, h, w): then all pixels are projected without
-        gradient, and the anchors, the only ones that get a gradient, once more with it, which costs a third
-        of projecting everything with gradient.
+        features (B, F, h, w). All pixels are projected without gradient, and the anchors, the only ones that
+        get a gradient, once more with it, which costs a third of projecting everything with gradient.
         labels, predictions (B, h, w) integer, at the resolution of the features; indices (B,) dataset
         indices.
         """
@@ -209,7 +186,7 @@ class PixelContrast(nn.Module):
         class_N, wrong_N, key_N = facts.transpose(0, 1).flatten(1).unbind(0)
         groups = sort_groups(key_N, class_N, self.num_classes)
         pixel_CJ, valid_CJ = select_anchors(
-            groups, class_N, wrong_N > 0, self.anchors_per_class, self.anchor_sampler
+            groups, class_N, wrong_N > 0, self.settings.anchors_per_class, self.settings.anchor_sampler
         )
         hard_CJ = wrong_N[pixel_CJ]
         # this rank's anchors: the others are computed with, but count nothing
@@ -220,35 +197,35 @@ class PixelContrast(nn.Module):
         own_CJ = torch.where(valid_CJ, own_CJ, spread_CJ)
         pixels = class_BP.shape[1]
         anchor_CJD = _take_pixels(features, own_CJ // pixels, own_CJ % pixels)
-        if project is not None:  # as a map of C rows, so that the head sees a map here as well
-            anchor_CJD = project(anchor_CJD.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+        # As a map of C rows, so that the head sees a map here as well.
+        anchor_CJD = self.projection(anchor_CJD.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
         # After the anchors: autocast keeps the first cast of a weight, which must be one with a gradient.
         with torch.no_grad():
-            projected = features.detach() if project is None else project(features)
+            projected = self.projection(features.detach())
         with torch.autocast(features.device.type, enabled=False):
-            pool = self._pool(full_precision(_rows(projected).flatten(0, 1)), groups, class_N, step)
-            anchors = (full_precision(anchor_CJD), pixel_CJ, valid_CJ, hard_CJ)
+            pool = self._pool(at_least_single(_rows(projected).flatten(0, 1)), groups, class_N, step)
+            anchors = (at_least_single(anchor_CJD), pixel_CJ, valid_CJ, hard_CJ)
             # chunks along J: how much memory a step needs does not depend on the number of anchors
             chunk = max(SIMILARITIES_AT_ONCE // (self.num_classes * len(pool.class_L)), 1)
             parts = zip(*(each.split(chunk, dim=1) for each in anchors))
-            sums = torch.stack([self._sums(pool, step, pixels, *part) for part in parts]).sum(0)
+            chunks = [self._sums(pool, step, pixels, *part) for part in parts]
+            sums = _Sums(*(torch.stack(each).sum() for each in zip(*chunks)))
             return self._output(sums, pool, projected)
 
-    def _pool(self, emb_MD: Tensor, groups: Groups, class_N: Tensor, step: int) -> Pool:
-        if self.pool_size is None:
+    def _pool(self, emb_MD: Tensor, groups: Groups, class_N: Tensor, step: int | Tensor) -> Pool:
+        size = self.settings.pool_size
+        if size == "full":
             return full_pool(emb_MD, class_N, self.num_classes, self.memory, self.all_gather)
         return balanced_pool(
-            emb_MD, groups, self.pool_size // self.num_classes, self.memory, self.seed, step,
+            emb_MD, groups, size // self.num_classes, self.memory, self.seed, step,
             self.all_reduce, self.rank,
         )  # fmt: skip
 
     def _sums(
-        self, pool: Pool, step: int, pixels: int, anchor_CJD: Tensor, pixel_CJ: Tensor, valid_CJ: Tensor,
-        hard_CJ: Tensor,
-    ) -> Tensor:  # fmt: skip
-        # Sums over qualifying anchors of: loss, 1, mean positive cosine, hardest drawn negative cosine,
-        # wrongly classified.
-        device, count = pixel_CJ.device, pool.class_L.shape[0]
+        self, pool: Pool, step: int | Tensor, pixels: int, anchor_CJD: Tensor, pixel_CJ: Tensor,
+        valid_CJ: Tensor, hard_CJ: Tensor,
+    ) -> _Sums:  # fmt: skip
+        s, device, count = self.settings, pixel_CJ.device, pool.class_L.shape[0]
         class_C11 = torch.arange(self.num_classes, device=device)[:, None, None]
         column_C1W, class_C1W, pixel_C1W = (
             pool.own(each.expand(self.num_classes, 1, count))
@@ -256,7 +233,7 @@ class PixelContrast(nn.Module):
         )
         positive_CJW = (class_C1W == class_C11) & (pixel_C1W != pixel_CJ[..., None]) & valid_CJ[..., None]
         negative_CJL = (pool.class_L != class_C11) & (pool.class_L < self.num_classes)
-        if self.mode == "intra_image":
+        if s.mode == "intra_image":
             image_CJ1 = (pixel_CJ // pixels)[..., None]
             positive_CJW = positive_CJW & (pixel_C1W // pixels == image_CJ1)
             negative_CJL = negative_CJL & (pool.pixel_L // pixels == image_CJ1)
@@ -265,46 +242,55 @@ class PixelContrast(nn.Module):
             plain_CJW = pool.own(cosine_CJL)
             keys = [fold(draw_state(self.seed, step, salt, device), pixel_CJ) for salt in (3, 4)]
             index_CJK, positive_CJK = select_pairs(
-                -plain_CJW, positive_CJW, self.positives, self.pair_sampler, keys[0]
+                -plain_CJW, positive_CJW, s.positives, s.pair_sampler, keys[0]
             )
             index_CJR, negative_CJR = select_pairs(
-                cosine_CJL, negative_CJL, self.negatives, self.pair_sampler, keys[1]
+                cosine_CJL, negative_CJL, s.negatives, s.pair_sampler, keys[1]
             )
             index_CJK = column_C1W.expand((*index_CJK.shape[:2], -1)).gather(2, index_CJK)
         chosen = cosine_CJL.gather(2, torch.cat([index_CJK, index_CJR], dim=2)).flatten(0, 1)
         chosen_AK, chosen_AR = chosen.tensor_split([index_CJK.shape[2]], dim=1)
         negative_AR = negative_CJR.flatten(0, 1)
         loss_A, qualifies_A = pixel_contrast_loss(
-            chosen_AK, positive_CJK.flatten(0, 1), chosen_AR, negative_AR, self.temperature
+            chosen_AK, positive_CJK.flatten(0, 1), chosen_AR, negative_AR, s.temperature
         )
         mean_CJ = torch.where(positive_CJW, plain_CJW, 0).sum(2) / positive_CJW.sum(2).clamp(min=1)
         hardest_A = chosen_AR.detach().masked_fill(~negative_AR, -1).amax(1)
-        facts_4A = torch.stack(
-            [torch.ones_like(hardest_A), mean_CJ.flatten(), hardest_A, hard_CJ.flatten().to(hardest_A.dtype)]
-        )
-        return torch.cat([loss_A.sum()[None], torch.where(qualifies_A, facts_4A, 0).sum(1)])
 
-    def _output(self, sums: Tensor, pool: Pool, projected: Tensor) -> ContrastOutput:
-        # the last entry becomes the number of ranks
-        total = torch.cat([sums.detach(), torch.ones_like(sums[:1])])
+        def over_anchors(value_A: Tensor) -> Tensor:
+            return torch.where(qualifies_A, value_A, 0).sum()
+
+        return _Sums(
+            loss_A.sum(),
+            over_anchors(torch.ones_like(hardest_A)),
+            over_anchors(mean_CJ.flatten()),
+            over_anchors(hardest_A),
+            over_anchors(hard_CJ.flatten().to(hardest_A.dtype)),
+        )
+
+    def _output(self, sums: _Sums, pool: Pool, projected: Tensor) -> ContrastOutput:
+        ranks = torch.ones_like(sums.anchors)
+        total = torch.stack([*sums, ranks]).detach()
         if self.all_reduce is not None:
             total = self.all_reduce(total, "sum")
-        mean = total / total[1].clamp(min=1)
+        *joined, ranks = total.unbind()
+        anchors = _Sums(*joined).anchors
+        mean = _Sums(*(each / anchors.clamp(min=1) for each in joined))
         every = -(-len(pool.class_L) // UNIFORMITY_ROWS)
         diagnostics = {
-            "alignment": 2 - 2 * mean[2],  # mean |x - y|^2 of anchors and the positives in the pool
+            "alignment": 2 - 2 * mean.positive_cosine,  # mean |x - y|^2 of anchors and positives in the pool
             "uniformity": uniformity(pool.emb_LD[::every], pool.class_L[::every] < self.num_classes),
-            "positive_cosine": mean[2],
-            "hardest_negative_cosine": mean[3],  # of those drawn
-            "hard_anchor_share": mean[4],
+            "positive_cosine": mean.positive_cosine,
+            "hardest_negative_cosine": mean.hardest_cosine,
+            "hard_anchor_share": mean.hard,
         }
         if self.memory is not None:
             diagnostics |= self.memory.fill()
-        loss = sums[0] * total[5] / total[1].clamp(min=1)
-        return ContrastOutput(loss, mean[0], total[1], (total[1] == 0).float(), diagnostics, projected)
+        loss = sums.loss * ranks / anchors.clamp(min=1)
+        return ContrastOutput(loss, mean.loss, anchors, (anchors == 0).float(), diagnostics, projected)
 
     @torch.no_grad()
-    def enqueue_(self, projected: Tensor, labels: Tensor, indices: Tensor, step: int) -> None:
+    def enqueue_(self, projected: Tensor, labels: Tensor, indices: Tensor, step: int | Tensor) -> None:
         """Put this step's embeddings into the memories; after the loss. Nothing happens in the other modes.
 
         projected (B, D, h, w), `ContrastOutput.projected`; labels, indices and step as in forward.

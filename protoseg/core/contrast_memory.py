@@ -16,15 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.core.draws import Groups, draw_state, fold, sort_groups, to_key
+from protoseg.core.settings import ContrastSettings
+from protoseg.core.similarity import MIN_NORM, at_least_single
 
-MEMORIES = ("pixel", "region", "both")
 Gather = Callable[[Tensor], Tensor]
 Reduce = Callable[[Tensor, str], Tensor]
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Half types become float32, double stays double."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def region_means(rows_ND: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -35,22 +31,19 @@ def region_means(rows_ND: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
     """
     # a segmented sum over sorted pixels: fast, and added up in the same order in every run; the last
     # segment is what belongs to no group
-    sum_GD = F.embedding_bag(groups.order_N, full_precision(rows_ND), groups.start_G, mode="sum")[:-1]
+    sum_GD = F.embedding_bag(groups.order_N, at_least_single(rows_ND), groups.start_G, mode="sum")[:-1]
     count_G1 = groups.start_G.diff()[:, None]
     mean_GD = sum_GD / count_G1.clamp(min=1)
     norm_G1 = mean_GD.norm(dim=1, keepdim=True)
-    valid_G = ((count_G1 > 0) & (norm_G1 > 1e-6)).squeeze(1)
-    return mean_GD / norm_G1.clamp(min=1e-6), valid_G
+    valid_G = ((count_G1 > 0) & (norm_G1 > MIN_NORM)).squeeze(1)
+    return mean_GD / norm_G1.clamp(min=MIN_NORM), valid_G
 
 
 def memory_slots(
     num_classes: int,
     dim: int,
     num_images: int,
-    memory: str,
-    memory_size: int | None,
-    cap_mb: float,
-    bytes_each: int,
+    settings: ContrastSettings,
 ) -> tuple[int, int, str | None]:
     """Slots per class of the pixel ring and of the region memory, and a message where the cap bites.
 
@@ -58,13 +51,15 @@ def memory_slots(
     for `cap_mb` (10**6 bytes): the region table stays whole while it needs at most half of the room, and
     the pixel ring takes the rest. A region memory with fewer slots than images is a ring.
     """
-    pixels = (10 * num_images if memory_size is None else memory_size) if memory != "region" else 0
+    memory, cap_mb, size = settings.memory, settings.cap_mb, settings.memory_size
+    pixels = (10 * num_images if size is None else size) if memory != "region" else 0
     regions = num_images if memory != "pixel" else 0
-    room = int(cap_mb * 1e6) // (num_classes * dim * bytes_each)
+    bytes_each = num_classes * dim * getattr(torch, settings.storage).itemsize
+    room, parts_kept = int(cap_mb * 1e6) // bytes_each, 2 if memory == "both" else 1
     if pixels + regions <= room:
         return pixels, regions, None
-    if room < (2 if memory == "both" else 1):
-        need = num_classes * dim * bytes_each * (2 if memory == "both" else 1) / 1e6
+    if room < parts_kept:
+        need = bytes_each * parts_kept / 1e6
         raise ValueError(
             f"cap_mb={cap_mb} is too small for a memory of {num_classes} classes: at least {need:.3f}"
         )
@@ -89,10 +84,9 @@ class PixelMemory(nn.Module):
     `pixel_head_C`, `pixel_fill_C`, `region_head_C`, `region_valid_CR`. `message` says what the cap took
     away, or is None.
 
-    Args: dim and num_classes; num_images in the training set; memory "pixel", "region" or "both";
-    pixels_per_image V; memory_size T (default 10 per image); cap_mb for both parts together; storage_dtype
-    float32 or float16.
-    Errors: ValueError on an unknown memory, or on a cap that has no room for one slot per class.
+    Args: dim and num_classes; num_images in the training set; of the settings memory, pixels_per_image V,
+    memory_size T, cap_mb for both parts together, and storage.
+    Errors: ValueError on a cap that has no room for one slot per class.
     Source: ICCV 2021, section 3.2 and 3.3.
     """
 
@@ -102,36 +96,19 @@ class PixelMemory(nn.Module):
     region_head_C: Tensor
     region_valid_CR: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        num_classes: int,
-        num_images: int,
-        *,
-        memory: str = "both",
-        pixels_per_image: int = 10,
-        memory_size: int | None = None,
-        cap_mb: float = 256,
-        storage_dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, dim: int, num_classes: int, num_images: int, settings: ContrastSettings) -> None:
         super().__init__()
-        if memory not in MEMORIES:
-            raise ValueError(f"memory={memory!r} is not one of {', '.join(MEMORIES)}")
-        if storage_dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"storage_dtype={storage_dtype} is not float32 or float16")
-        for name, value in (("num_images", num_images), ("pixels_per_image", pixels_per_image)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if memory_size is not None and memory_size < 1:
-            raise ValueError(f"memory_size={memory_size} must be at least 1")
-        pixels, regions, self.message = memory_slots(
-            num_classes, dim, num_images, memory, memory_size, cap_mb, storage_dtype.itemsize
-        )
-        self.dim, self.num_classes, self.pixels_per_image = dim, num_classes, pixels_per_image
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images} must be at least 1")
+        pixels, regions, self.message = memory_slots(num_classes, dim, num_images, settings)
+        self.dim, self.num_classes = dim, num_classes
+        self.pixels_per_image = settings.pixels_per_image
         self.pixel_slots, self.region_slots = pixels, regions
         self.region_is_table = regions == num_images
         counts = torch.zeros(num_classes, dtype=torch.int64)
-        self.register_buffer("rows_SD", torch.zeros(self.spare + 1, dim, dtype=storage_dtype))
+        self.register_buffer(
+            "rows_SD", torch.zeros(self.spare + 1, dim, dtype=getattr(torch, settings.storage))
+        )
         self.register_buffer("pixel_head_C", counts.clone())
         self.register_buffer("pixel_fill_C", counts.clone())
         self.register_buffer("region_head_C", counts.clone())
@@ -170,34 +147,29 @@ class PixelMemory(nn.Module):
         that one process gets from the joint batch.
         """
         batch, num_classes, drawn = len(emb_BPD), self.num_classes, self.pixels_per_image
+        indices_B = indices_B.to(torch.int64)
         image_B1 = torch.arange(batch, device=emb_BPD.device)[:, None]
         group_BP = torch.where(class_BP < num_classes, image_B1 * num_classes + class_BP, batch * num_classes)
         groups = sort_groups(key_BP.flatten(), group_BP.flatten(), batch * num_classes)
         emb_ND = emb_BPD.flatten(0, 1)
-        rows: list[Tensor] = []  # (B, C, V or 1, D)
-        facts = [indices_B.to(torch.int64)[:, None]]  # then (B, C) each: how many of those rows exist
+        position_GV, exists_GV = groups.first(drawn)
+        pixel_GVD = emb_ND.index_select(0, position_GV.flatten()).unflatten(0, position_GV.shape)
+        mean_GD, valid_G = region_means(emb_ND, groups)
+        rows_GXD = torch.cat([pixel_GVD, mean_GD[:, None]], dim=1).to(self.rows_SD.dtype)
+        rows_BCXD = rows_GXD.unflatten(0, (batch, num_classes))
+        facts_BC2 = torch.stack([exists_GV.sum(1), valid_G.long()], dim=1).unflatten(0, (batch, num_classes))
+        if all_gather is not None:
+            rows_BCXD, facts_BC2, indices_B = map(all_gather, (rows_BCXD, facts_BC2, indices_B))
+        pixels_BC, regions_BC = facts_BC2.unbind(2)
         if self.pixel_slots:
-            position_GV, valid_GV = groups.first(drawn)
-            rows.append(emb_ND.index_select(0, position_GV.flatten()))
-            facts.append(valid_GV.sum(1))
-        if self.region_slots:
-            mean_GD, valid_G = region_means(emb_ND, groups)
-            rows.append(mean_GD)
-            facts.append(valid_G.to(torch.int64))
-        rows = [part.to(self.rows_SD.dtype).view(batch, num_classes, -1, self.dim) for part in rows]
-        facts = [facts[0], *(part.view(batch, num_classes) for part in facts[1:])]
-        if all_gather is not None:  # two collectives: the embeddings, and everything that is an integer
-            gathered = all_gather(torch.cat(rows, dim=2))
-            rows = list(gathered.split([part.shape[2] for part in rows], dim=2))
-            facts = list(all_gather(torch.cat(facts, dim=1)).split([part.shape[1] for part in facts], dim=1))
-        if self.pixel_slots:
-            written_C = self._append_(0, self.pixel_slots, self.pixel_head_C, rows[0], facts[1])
+            written_C = self._append_(0, self.pixel_slots, self.pixel_head_C, rows_BCXD[:, :, :-1], pixels_BC)
             self.pixel_fill_C.add_(written_C).clamp_(max=self.pixel_slots)
         if self.region_slots and self.region_is_table:
-            self._write_table_(rows[-1], facts[-1] > 0, facts[0][:, 0])
+            self._write_table_(rows_BCXD[:, :, -1:], regions_BC > 0, indices_B)
         elif self.region_slots:
             first = num_classes * self.pixel_slots
-            written_C = self._append_(first, self.region_slots, self.region_head_C, rows[-1], facts[-1])
+            region_BC1D = rows_BCXD[:, :, -1:]
+            written_C = self._append_(first, self.region_slots, self.region_head_C, region_BC1D, regions_BC)
             fill_C1 = (self.region_valid_CR.sum(1) + written_C)[:, None]
             self.region_valid_CR.copy_(torch.arange(self.region_slots, device=fill_C1.device) < fill_C1)
 
@@ -245,7 +217,7 @@ class PixelMemory(nn.Module):
         return shares
 
     @torch.no_grad()
-    def draw(self, most_C: Tensor, width: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    def draw(self, most_C: Tensor, width: int, seed: int, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """Draw up to `most_C[c]` different filled slots of each class, keyed by (seed, step).
 
         The filled slots form a circle that is cut into as many arcs as are wanted, at a random place, and

@@ -19,9 +19,6 @@ from torch import Tensor
 from protoseg.core.contrast_memory import Gather, PixelMemory, Reduce
 from protoseg.core.draws import Groups, fold
 
-ANCHOR_SAMPLERS = ("random", "seg_hard")
-PAIR_SAMPLERS = ("random", "hardest", "semi_hard")
-
 
 def select_anchors(
     groups: Groups, class_N: Tensor, wrong_N: Tensor, per_class: int, sampler: str
@@ -82,7 +79,7 @@ def balanced_pool(
     per_class: int,
     memory: PixelMemory | None,
     seed: int,
-    step: int,
+    step: int | Tensor,
     all_reduce: Reduce | None = None,
     rank: int = 0,
 ) -> Pool:

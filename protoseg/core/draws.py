@@ -29,11 +29,11 @@ def fold(state: Tensor, value: Tensor) -> Tensor:
     return mix(state + (value + 1) * _GOLDEN)
 
 
-def draw_state(seed: int, step: int, salt: int, device: torch.device) -> Tensor:
+def draw_state(seed: int, step: int | Tensor, salt: int, device: torch.device) -> Tensor:
     """Hash state, a 0-d int64 tensor, of one kind of draw (`salt`) in one step."""
     state = torch.full((), seed & ((1 << 62) - 1), dtype=torch.int64, device=device)
     state = fold(state, torch.full((), salt, dtype=torch.int64, device=device))
-    return fold(state, torch.full((), step, dtype=torch.int64, device=device))
+    return fold(state, torch.as_tensor(step, dtype=torch.int64, device=device))
 
 
 def to_key(state: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def to_key(state: Tensor) -> Tensor:
     return (state >> (64 - KEY_BITS)) & (NO_KEY - 1)
 
 
-def pixel_keys(class_BP: Tensor, indices_B: Tensor, seed: int, step: int, salt: int) -> Tensor:
+def pixel_keys(class_BP: Tensor, indices_B: Tensor, seed: int, step: int | Tensor, salt: int) -> Tensor:
     """Random key of every pixel, a function of (seed, step, dataset index, class, position) alone.
 
     The pixels with the smallest keys are "the draw". Nothing else enters, so that any split of a batch over
@@ -57,6 +57,17 @@ def class_map(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     class_BP = labels.flatten(1).to(torch.int64)
     known = (class_BP >= 0) & (class_BP < num_classes) & (class_BP != ignore_index)
     return torch.where(known, class_BP, num_classes)
+
+
+def draw_pixels(indices_B: Tensor, pixels: int, count: int, seed: int, step: int | Tensor) -> Tensor:
+    """`count` different pixels of 0 … pixels − 1 of each image, ascending (B, count) int64; uniform.
+
+    indices_B: in the dataset. A function of (seed, step, dataset index), as `pixel_keys`.
+    """
+    key_BP = pixel_keys(
+        torch.zeros_like(indices_B)[:, None].expand(-1, pixels).long(), indices_B, seed, step, 5
+    )
+    return key_BP.argsort(1)[:, :count].sort(1).values
 
 
 class Groups(NamedTuple):

@@ -153,7 +153,7 @@ def segment_together(
 
 def has_distances(model: Segmenter) -> bool:
     """Whether the model's logits are scaled cosines, from which a distance can be told."""
-    return model.prototypes is not None and model.prototypes.score_norm == "scale"
+    return model.prototypes is not None and model.prototypes.settings.score_norm == "scale"
 
 
 def _check_wishes(model: Segmenter, prototypes: bool, distance: bool) -> None:
@@ -177,7 +177,9 @@ def _prediction(
     distance = None
     if cosines_Chw is not None and model.prototypes is not None:
         # A class without prototypes has a logit far below any cosine.
-        distance_1hw = 1 - (cosines_Chw.amax(0, keepdim=True) / model.prototypes.logit_scale).clamp(min=-1)
+        scaled_Chw = cosines_Chw - model.prototypes.log_prior()[:, None, None]
+        scale = model.prototypes.settings.logit_scale
+        distance_1hw = 1 - (scaled_Chw.amax(0, keepdim=True) / scale).clamp(min=-1)
         distance = F.interpolate(distance_1hw[None], size, mode="bilinear", align_corners=False)[0, 0]
     return Prediction(classes, probability, index, distance)
 

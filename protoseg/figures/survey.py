@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.core.losses import downsample_labels, nearest_cells
-from protoseg.core.similarity import own_similarities, unit_rows
+from protoseg.core.similarity import class_scores, own_similarities, unit_rows
 from protoseg.data.file_dataset import Dataset
 from protoseg.evaluation.inference import WHOLE_PIXELS, segment
 from protoseg.models.segmenter import Segmenter
@@ -65,8 +65,8 @@ class Sample:
     label: NDArray[np.int64]  # (H, W)
     prediction: NDArray[np.int64]  # (H, W)
     nearest: NDArray[np.int64]  # (h, w) number of the prototype that wins the cell; −1 for a linear model
-    classes: NDArray[np.int64]  # (h, w, 5) the classes with the highest scores, best first
-    scores: NDArray[np.float32]  # (h, w, 5) cosines, or logits where these are something else
+    classes: NDArray[np.int64]  # (h, w, 5) the classes with the highest logits, best first
+    scores: NDArray[np.float32]  # (h, w, 5) their cosines; of a linear model, their logits
     emb_hwD: NDArray[np.float32]  # unit length
 
 
@@ -101,9 +101,8 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
         scores_NC = logits_NC
         if head is not None:
             winner_N = nearest(emb_ND, head.prototypes, logits_NC.argmax(1)).winner_N
-            if head.score_norm == "scale":
-                scores_NC = (logits_NC / head.logit_scale).clamp(min=-1)  # −1 for classes without prototypes
-        top = scores_NC.topk(min(RUNNERS_UP, scores_NC.shape[1]), dim=1)
+            scores_NC = class_scores(emb_ND, head.prototypes.to(emb_ND.dtype), head.initialized)
+        best = logits_NC.topk(min(RUNNERS_UP, logits_NC.shape[1]), dim=1).indices
         prediction = segment(model, image.to(model.mean.device), (label.shape[0], label.shape[1])).classes
         samples.append(
             Sample(
@@ -112,8 +111,8 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
                 label=label.long().numpy(),
                 prediction=prediction.cpu().numpy(),
                 nearest=winner_N.view(size).cpu().numpy(),
-                classes=top.indices.view(*size, -1).cpu().numpy(),
-                scores=top.values.view(*size, -1).cpu().numpy(),
+                classes=best.view(*size, -1).cpu().numpy(),
+                scores=scores_NC.gather(1, best).view(*size, -1).cpu().numpy(),
                 emb_hwD=emb_ND.view(*size, -1).cpu().numpy(),
             )
         )

@@ -1,6 +1,7 @@
 """The model that a configuration describes."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import cast
 
 from torch import Tensor, nn
@@ -48,41 +49,30 @@ def build_model(
     if config.classifier == "linear":
         classifier = LinearClassifier(dim, num_classes)
     else:
-        p = config.prototypes
+        settings = asdict(config.prototypes)
         head_class = OfficialPrototypeHead if config.preset == "official" else PrototypeHead
         classifier = head_class(
             dim,
             num_classes,
-            p.num_per_class,
+            settings.pop("num_per_class"),
             ignore_index=ignore_index,
-            momentum=p.momentum,
-            kappa=p.kappa,
-            sinkhorn_iterations=p.sinkhorn_iterations,
-            temperature=p.temperature,
-            logit_scale=p.logit_scale,
-            start=p.start,
-            update_pixels=p.update_pixels,
-            score_norm=p.score_norm,
-            revive_after=p.revive_after,
+            iterations=config.train.iterations,
             all_reduce=all_reduce,
+            **settings,
         )
     return Segmenter(
         backbone,
         head,
         classifier,
         ignore_index=ignore_index,
-        ppc_weight=config.loss.ppc,
-        ppd_weight=config.loss.ppd,
-        auxiliary_weight=config.loss.auxiliary,
-        class_weights=config.loss.class_weights,
-        projection_input=projection_input(config.backbone.name, backbone, head),
+        contrast_input=contrast_input(config.backbone.name, backbone, head),
     )
 
 
-def projection_input(name: str, backbone: Backbone, head: nn.Module) -> str:
-    """Where the projection stands: as in the paper on all of HRNet's maps, or a dilated ResNet's last stage.
+def contrast_input(name: str, backbone: Backbone, head: nn.Module) -> str:
+    """What pixel contrast sees: as in the paper all of HRNet's maps, or a dilated ResNet's last stage.
 
-    On the embedding for the others, whose last map is too coarse.
+    The embedding for the others, whose last map is too coarse.
     """
     if name.startswith("hrnet"):
         return "maps"

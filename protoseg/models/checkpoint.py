@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from protoseg.config import Config, config_from, to_plain
+from protoseg.config import Config, stored_config, to_plain
 from protoseg.models.build import build_model
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
@@ -21,6 +22,10 @@ from protoseg.runtime.files import whole_file
 # A model to share is a folder of these two.
 WEIGHTS_FILE = "model.safetensors"
 ABOUT_FILE = "config.json"
+# Buffers of a prototype head that older checkpoints have and this version has not, and the other way round:
+# counters of what happened in training, of no account without the setting that reads them.
+LEFT = ("classifier.idle",)
+CAME = ("classifier.pixel_counts", "classifier.agreeing")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -51,7 +56,7 @@ def segmenter_content(
                 f"a model of {head.num_classes} classes needs as many names and colours,"
                 f" got {len(classes)} and {len(palette)}"
             )
-        prototypes = config.prototypes.model_copy(update={"num_per_class": head.num_prototypes})
+        prototypes = replace(config.prototypes, num_per_class=head.num_prototypes)
         config = config.model_copy(update={"prototypes": prototypes})
     if len(set(classes)) < len(classes):
         raise ValueError(f"class names must differ, got {', '.join(classes)}")
@@ -112,6 +117,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
     Errors: UserError naming the first tensor that is missing, left over, or of another shape.
     """
     own = model.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(LEFT)}
+    state = {name: tensor for name, tensor in own.items() if name.endswith(CAME)} | state
     problems = [
         f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
         for name in own.keys() & state.keys()
@@ -145,7 +152,7 @@ def load_segmenter(path: Path) -> tuple[Segmenter, Config, dict[str, Any]]:
     """A trained model in eval mode, its configuration, and the checkpoint's content, from a run or a file."""
     path = find_checkpoint(path)
     content = load_checkpoint(path)
-    config = config_from(content["config"], f"{path} (its config)")
+    config = stored_config(content["config"], f"{path} (its config)")
     backbone = config.backbone.model_copy(update={"weights": "none"})  # they come from the checkpoint
     model = build_model(config.model_copy(update={"backbone": backbone}))
     if model.prototypes is not None and model.prototypes.num_classes != len(content["classes"]):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.core.clustering import sinkhorn
-from protoseg.core.prototypes import PrototypeHead, TrainingOutput
+from protoseg.core.prototypes import PrototypeHead
 from protoseg.core.similarity import at_least_single, own_similarities
+from protoseg.core.update import TrainingOutput
 
 
 class OfficialPrototypeHead(PrototypeHead):
@@ -34,13 +34,14 @@ class OfficialPrototypeHead(PrototypeHead):
         by_width = F.normalize(self.projection(at_least_single(features)), dim=-1)
         return self.feature_norm(by_width.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def training_step(self, features: Tensor, labels: Tensor, scale: Tensor | None = None) -> TrainingOutput:
+    def training_step(
+        self, features: Tensor, labels: Tensor, scale: Tensor | None = None, drawn: Tensor | None = None
+    ) -> TrainingOutput:
         """As the parent's, but `update_` will read a Gumbel draw; the losses have used the argmax."""
-        out = super().training_step(features, labels, scale)
+        out = super().training_step(features, labels, scale, drawn)
         labels_N = out.labels.flatten()
         own_NK = own_similarities(out.embedding, self.prototypes.to(out.embedding.dtype), labels_N)
-        rounds, reduce = self.sinkhorn_iterations, self.all_reduce
-        plan_NK = sinkhorn(own_NK, labels_N, self.num_classes, self.kappa, rounds, all_reduce=reduce)
+        plan_NK = self._plan(own_NK, labels_N)
         noise_NK = -torch.empty_like(plan_NK).exponential_().log()
         drawn_N = torch.where(labels_N >= 0, (plan_NK + noise_NK).argmax(1), -1)
         return replace(out, assignment=drawn_N.view_as(out.assignment))

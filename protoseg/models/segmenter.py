@@ -3,47 +3,18 @@
 B images, C classes, K prototypes, D embedding channels; (H, W) input pixels, (h, w) embedding pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoseg.config import Config
-from protoseg.core.contrast import ProjectionHead
-from protoseg.core.losses import downsample_labels, loss_scale, upsampled_cross_entropy
-from protoseg.core.prototypes import PrototypeHead, TrainingOutput
+from protoseg.core.prototypes import PrototypeHead
 from protoseg.models.backbones import Backbone
 from protoseg.models.maps import concatenate
-
-
-class LossScales(NamedTuple):
-    """W / global count, at label and at embedding resolution: what turns local sums into the loss."""
-
-    full: Tensor
-    small: Tensor
-
-
-class ContrastInput(NamedTuple):
-    """What pixel contrast needs of a forward pass, all at the embedding's resolution."""
-
-    source: Tensor  # (B, F, h, w), the input of the projection
-    labels: Tensor  # (B, h, w)
-    predictions: Tensor  # (B, h, w), classes of the main logits
-
-
-@dataclass
-class StepOutput:
-    """What one forward pass in training gives."""
-
-    total: Tensor  # for backward
-    terms: dict[str, Tensor]  # detached, weighted as in the paper's sum but without λ
-    prototypes: TrainingOutput | None  # for PrototypeHead.update_
-    contrast: ContrastInput | None  # where the model has a projection
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)  # logged beside the terms; not in the total
 
 
 class LinearClassifier(nn.Conv2d):
@@ -57,15 +28,12 @@ class LinearClassifier(nn.Conv2d):
 class Segmenter(nn.Module):
     """Images (B, 3, H, W), values 0…255, uint8 or float → class logits (B, C, h, w).
 
-    With labels (B, H, W) and the step's loss scales, forward returns a StepOutput instead: DDP needs the
-    losses to be made inside forward. Nothing here changes prototypes; the trainer does, on a line of its own.
-    `projection_input` says what pixel contrast sees: "embedding", "last" (the backbone's last map) or
-    "maps" (all of them concatenated). The projection itself is added for training only.
+    contrast_input: what pixel contrast sees in training: "embedding", "last" (the backbone's last map) or
+    "maps" (all of them concatenated).
     """
 
     mean: Tensor
     std: Tensor
-    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -74,23 +42,15 @@ class Segmenter(nn.Module):
         classifier: nn.Module,
         *,
         ignore_index: int = 255,
-        ppc_weight: float = 0.01,
-        ppd_weight: float = 0.01,
-        auxiliary_weight: float = 0.4,
-        class_weights: list[float] | None = None,
-        projection_input: str = "embedding",
+        contrast_input: str = "embedding",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.decode_head = decode_head
         self.classifier = classifier
-        self.projection: ProjectionHead | None = None
-        self.projection_input = projection_input
+        self.contrast_input = contrast_input
         self.stride = cast(int, decode_head.stride)
         self.ignore_index = ignore_index
-        self.loss_weights = {"ce": 1.0, "ppc": ppc_weight, "ppd": ppd_weight, "auxiliary": auxiliary_weight}
-        weights = torch.tensor(class_weights) if class_weights else None
-        self.register_buffer("class_weights", weights, persistent=False)
         for name, values in (("mean", backbone.mean), ("std", backbone.std)):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1))
 
@@ -110,15 +70,8 @@ class Segmenter(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Learnable numbers of the model that is evaluated and exported: without the projection."""
-        extra = self.projection.parameters() if self.projection is not None else ()
-        return sum(p.numel() for p in self.parameters() if p.requires_grad) - sum(p.numel() for p in extra)
-
-    def add_projection_(self, dim: int) -> None:
-        """Put pixel contrast's projection head beside the decode head; for training, never saved as model."""
-        channels = self.backbone.channels
-        width = {"embedding": self.decode_head.dim, "last": channels[-1], "maps": sum(channels)}
-        self.projection = ProjectionHead(cast(int, width[self.projection_input]), dim)
+        """Learnable numbers of the model that is evaluated and exported."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def maps(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         """The backbone's maps of images with values 0…255; maps in place of images pass through."""
@@ -130,56 +83,25 @@ class Segmenter(nn.Module):
         """Embedding map (B, D, h, w), which the classifier gets."""
         return self.decode_head(self.maps(images))[0]
 
-    def forward(
-        self, images: Tensor | list[Tensor], labels: Tensor | None = None, scales: LossScales | None = None
-    ) -> Tensor | StepOutput:
-        maps = self.maps(images)
-        embedding, auxiliary = self.decode_head(maps)
-        if labels is None:
-            return self.classifier(embedding)
-        if scales is None:
-            scales = self.loss_scales([labels])
-        out, contrast = None, None
-        terms: dict[str, Tensor] = {}
-        small = downsample_labels(labels, embedding.shape[-2:])
-        if self.prototypes is not None:
-            out = self.prototypes.training_step(embedding, small, scale=scales.small)
-            logits = out.logits
-            terms = {"ppc": out.ppc, "ppd": out.ppd}
-        else:
-            logits = self.classifier(embedding)
-        terms["ce"] = self._cross_entropy(logits, labels, scales.full)
-        if auxiliary:
-            terms["auxiliary"] = torch.stack(
-                [self._cross_entropy(x, labels, scales.full) for x in auxiliary]
-            ).sum()
-        total = sum(
-            (self.loss_weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"])
-        )
-        if self.projection is not None:
-            source = {"embedding": embedding, "last": maps[-1]}.get(self.projection_input)
-            source = concatenate(maps) if source is None else source
-            contrast = ContrastInput(source, small, logits.detach().argmax(1))
-        return StepOutput(total, {name: term.detach() for name, term in terms.items()}, out, contrast)
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        return self.classifier(self.embed(images))
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-        return upsampled_cross_entropy(
-            logits, labels, ignore_index=self.ignore_index, class_weights=self.class_weights, scale=scale
-        )
+    def contrast_features(self, maps: list[Tensor], embedding: Tensor) -> Tensor:
+        """What pixel contrast projects, at the embedding's size: as `contrast_input` says."""
+        if self.contrast_input == "maps":
+            return concatenate(maps)
+        return maps[-1] if self.contrast_input == "last" else embedding
+
+    @property
+    def contrast_channels(self) -> int:
+        """Channels of `contrast_features`."""
+        channels = self.backbone.channels
+        of = {"embedding": self.decode_head.dim, "last": channels[-1], "maps": sum(channels)}
+        return cast(int, of[self.contrast_input])
 
     def feature_size(self, labels: Tensor) -> tuple[int, int]:
         """(h, w) of the embedding map for label maps (…, H, W)."""
         return -(-labels.shape[-2] // self.stride), -(-labels.shape[-1] // self.stride)
-
-    def loss_scales(
-        self, labels: list[Tensor], all_reduce: Callable[[Tensor, str], Tensor] | None = None
-    ) -> LossScales:
-        """The scales of one optimiser step from the labels of all its micro-batches."""
-        small = [downsample_labels(each, self.feature_size(each)) for each in labels]
-        return LossScales(
-            loss_scale(labels, self.ignore_index, self.class_weights, all_reduce=all_reduce),
-            loss_scale(small, self.ignore_index, all_reduce=all_reduce),
-        )
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:

@@ -5,19 +5,19 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from protoseg.config import OptimConfig
-from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
+from protoseg.training.objective import Objective
 
 
-def parameter_groups(model: Segmenter, config: OptimConfig) -> list[dict]:
+def parameter_groups(objective: Objective, config: OptimConfig) -> list[dict]:
     """Up to four groups: backbone or head (its own learning rate), with or without weight decay.
 
     Norm weights and all biases, that is everything with one axis, are not decayed.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith("backbone."), parameter.ndim > 1)
+            key = (name.startswith("model.backbone."), parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     return [
         {
@@ -29,9 +29,9 @@ def parameter_groups(model: Segmenter, config: OptimConfig) -> list[dict]:
     ]
 
 
-def build_optimizer(model: Segmenter, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW or SGD with momentum, as configured."""
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(objective, config)
     if not groups:
         raise UserError(
             "decode_head.name and backbone.frozen: nothing in this model learns; use the command fit, or a"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from protoseg.config import Config, differing_keys, to_plain
+from protoseg.config import Config, differing_keys, stored_config, to_plain
 from protoseg.core.contrast import PixelContrast
 from protoseg.models.checkpoint import load_weights, save_checkpoint, segmenter_content
 from protoseg.runtime import distributed
@@ -14,14 +14,11 @@ from protoseg.training.step import Run, unseen_classes
 
 # Keys that may differ between a run and its continuation: they do not change what is learned.
 OPERATIONAL = ("data.root", "data.workers", "data.cache_", "eval.", "checkpoint.", "train.log_interval")
-PROJECTION = "projection."  # names of the part of the model that only training has
 
 
 def weights(run: Run) -> dict[str, Any]:
-    """What prediction needs, without the part of the model that only training has."""
-    content = segmenter_content(run.model, run.config, run.classes, run.palette, run.step)
-    content["model"] = {name: t for name, t in content["model"].items() if not name.startswith(PROJECTION)}
-    return content
+    """What prediction needs."""
+    return segmenter_content(run.model, run.config, run.classes, run.palette, run.step)
 
 
 def save(run: Run, out: Path) -> None:
@@ -41,8 +38,6 @@ def save(run: Run, out: Path) -> None:
             "empty_steps": run.empty_steps,
         }
         if run.contrast is not None:
-            state = run.model.state_dict()
-            rest["projection"] = {name: t for name, t in state.items() if name.startswith(PROJECTION)}
             rest["contrast"] = run.contrast.state_dict()
         save_checkpoint(out / "last.pt", weights(run) | rest)
 
@@ -51,10 +46,12 @@ def restore(run: Run, content: dict[str, Any], path: Path) -> None:
     """Put a checkpoint's state into a fresh run."""
     if "optimizer" not in content:
         raise UserError(f"{path}: holds weights only, training cannot go on from it; resume from a last.pt")
-    load_weights(run.model, content["model"] | content.get("projection", {}), path)
+    load_weights(run.model, content["model"], path)
     if run.contrast is not None:
-        require_same_memory(run.contrast, content["contrast"], path)
-        load_weights(run.contrast, content["contrast"], path)
+        # Older checkpoints keep the projection beside the memories.
+        state = content["contrast"] | content.get("projection", {})
+        require_same_memory(run.contrast, state, path)
+        load_weights(run.contrast, state, path)
     run.optimizer.load_state_dict(content["optimizer"])
     run.schedule.load_state_dict(content["schedule"])
     run.step, run.best, run.seconds = content["step"], content["best"], content["seconds"]
@@ -108,6 +105,7 @@ def checkpoint_to_resume(out: Path, resume: str | None) -> Path | None:
 
 def require_same_config(old: dict[str, Any], config: Config, path: Path | None, extend: bool = False) -> None:
     """Errors: UserError naming the keys in which a checkpoint's configuration differs from this one."""
+    old = to_plain(stored_config(old, str(path)))
     keys = [key for key in differing_keys(old, to_plain(config)) if not key.startswith(OPERATIONAL)]
     before, now = old["train"]["iterations"], config.train.iterations
     if extend and now <= before and "train.iterations" in keys:

@@ -2,8 +2,8 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from protoseg.config import Config
 from protoseg.core.contrast import PixelContrast
+from protoseg.core.draws import draw_pixels
 from protoseg.core.losses import downsample_labels
 from protoseg.data.loader import Batch
 from protoseg.models.build import build_model
-from protoseg.models.segmenter import Segmenter, StepOutput, autocast, frozen_running_stats
+from protoseg.models.segmenter import Segmenter, autocast, frozen_running_stats
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
 from protoseg.training.feature_cache import FeatureCache
+from protoseg.training.objective import Labels, Objective, StepOutput
 from protoseg.training.optimizer import build_optimizer, build_schedule
 
 
@@ -29,7 +31,9 @@ class Run:
 
     config: Config
     model: Segmenter
-    parallel: nn.Module  # the same model, wrapped for DDP and torch.compile
+    contrast: PixelContrast | None
+    objective: Objective  # the two with their losses
+    parallel: nn.Module  # the objective, wrapped for DDP and torch.compile
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     device: torch.device
@@ -40,7 +44,6 @@ class Run:
     scored: int = 0  # step of the last evaluation
     seconds: float = 0.0  # spent training, without evaluation
     unseen: set[int] = field(default_factory=set)  # classes whose prototypes do not hold data yet
-    contrast: PixelContrast | None = None  # pixel contrast's memories; outside the DDP module
     train_features: FeatureCache | None = None  # what the frozen backbone makes of the images, if kept
     val_features: FeatureCache | None = None
     empty_steps: int = 0  # steps in which contrast found no anchor with a positive and a negative
@@ -70,21 +73,21 @@ def build_run(
         )
     torch.manual_seed(config.train.seed)
     model = build_model(config, len(classes), all_reduce=distributed.all_reduce)
-    contrast = build_contrast(config, len(classes), num_images, model.ignore_index)
+    contrast = build_contrast(config, model, len(classes), num_images)
+    objective = Objective(model, contrast, config.loss, parts).to(device)
+    model.to(dtype)
     if contrast is not None:
-        model.add_projection_(config.contrast.dim)
-        contrast = contrast.to(device)
-    model = model.to(device, dtype)
+        contrast.projection.to(dtype)
     if device.type == "cuda" and distributed.world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optim)
+        model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(objective, config.optim)
     schedule = build_schedule(optimizer, config.optim, config.train.iterations)
-    parallel: nn.Module = model
+    parallel: nn.Module = objective
     if distributed.world_size() > 1:
         parallel = DistributedDataParallel(
-            model,
+            objective,
             device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False,
             find_unused_parameters=not model.decode_head.every_map,
@@ -92,46 +95,32 @@ def build_run(
     if config.train.compile:
         parallel = torch.compile(parallel)  # type: ignore[assignment]
     torch.manual_seed(config.train.seed + distributed.rank())  # dropout differs between ranks
-    run = Run(config, model, parallel, optimizer, schedule, device, classes, palette)
+    run = Run(config, model, contrast, objective, parallel, optimizer, schedule, device, classes, palette)
     run.unseen = unseen_classes(model)
-    run.contrast = contrast
     return run
 
 
 def build_contrast(
-    config: Config, num_classes: int, num_images: int, ignore_index: int
+    config: Config, model: Segmenter, num_classes: int, num_images: int
 ) -> PixelContrast | None:
     """Pixel contrast as configured, joined over ranks; None where it is switched off.
 
     Errors: UserError where the settings do not go together with the number of classes.
     """
-    c = config.contrast
-    if c.mode == "none":
+    if config.contrast.mode == "none":
         return None
     several = distributed.world_size() > 1
     try:
         return PixelContrast(
-            c.dim,
+            model.contrast_channels,
             num_classes,
             num_images,
-            mode=c.mode,
-            memory=c.memory,
-            anchors_per_class=c.anchors_per_class,
-            positives=c.positives,
-            negatives=c.negatives,
-            anchor_sampler=c.anchor_sampler,
-            pair_sampler=c.pair_sampler,
-            temperature=c.temperature,
-            pixels_per_image=c.pixels_per_image,
-            memory_size=c.memory_size,
-            cap_mb=c.cap_mb,
-            storage_dtype=getattr(torch, c.storage),
-            pool_size=None if c.pool_size == "full" else c.pool_size,
             seed=config.train.seed,
             all_gather=distributed.all_gather if several else None,
             all_reduce=distributed.all_reduce if several else None,
             rank=distributed.rank(),
-            ignore_index=ignore_index,
+            ignore_index=model.ignore_index,
+            **asdict(config.contrast),
         )
     except ValueError as error:
         raise UserError(f"contrast.{error}") from None
@@ -145,22 +134,16 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     run.parallel.train()
     micro = [to_device(part, run) for part in split(batch, run.config)]
     start_prototypes_(run, micro)
-    if run.model.prototypes is not None and run.unseen:
-        micro = [part._replace(label=run.model.prototypes.known(part.label)) for part in micro]
-    scales = run.model.loss_scales([part.label for part in micro], distributed.all_reduce)
+    labels = [known_labels(run, part) for part in micro]
+    scales = run.objective.loss_scales(labels, distributed.all_reduce)
+    step = torch.tensor(run.step, device=run.device)
     outputs: list[StepOutput] = []
-    projected: list[Tensor] = []  # with their labels, for the memory
-    small: list[Tensor] = []
-    for part in micro:
+    for part, its_labels in zip(micro, labels):
         with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):
             with autocast(run.config, run.device):
-                output = run.parallel(part.image, part.label, scales)
-                if output.contrast is not None:
-                    projected.append(add_contrast_(run, output, part.index, len(micro)))
-                    small.append(output.contrast.labels)
-            output.total.backward()
-            output.contrast = None  # its features would stay in memory until the step ends
-        outputs.append(output)
+                drawn = draw_ppc_pixels(run, part)
+                outputs.append(run.parallel(part.image, its_labels, scales, part.indices, step, drawn))
+            outputs[-1].total.backward()
     values = finite_values(run, outputs, stop)  # the one host read of the step
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -168,39 +151,52 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     if run.model.prototypes is not None:
         run.model.prototypes.update_(*[output.prototypes for output in outputs if output.prototypes])
     if run.contrast is not None:
-        rows = projected[0] if len(projected) == 1 else torch.cat(projected)  # a map is large: no copy of one
-        run.contrast.enqueue_(rows, torch.cat(small), torch.cat([p.index for p in micro]), run.step)
+        rows = torch.cat([output.projected for output in outputs if output.projected is not None])
+        small, indices = (
+            torch.cat([each.small for each in labels]),
+            torch.cat([part.indices for part in micro]),
+        )
+        run.contrast.enqueue_(rows, small, indices, step)
         run.empty_steps += int(values["contrast_empty"] > 0)
     run.step += 1
     return values
 
 
-def add_contrast_(run: Run, output: StepOutput, indices: Tensor, parts: int) -> Tensor:
-    """Add pixel contrast to a forward pass's losses; returns the projected pixels, for the memory.
+class MicroBatch(NamedTuple):
+    """Part of a batch, where the model is."""
 
-    The mean over micro-batches is taken. During the warm-up the term counts 0 times, with a graph, so that
-    DDP finds every parameter used.
+    image: Tensor  # (B, 3, H, W)
+    labels: Labels
+    indices: Tensor  # (B,) in the dataset, int64
+
+
+def draw_ppc_pixels(run: Run, part: MicroBatch) -> Tensor | None:
+    """Which pixels PPC is computed of (B, P); None for all, or without prototypes."""
+    share = run.config.loss.ppc_pixels
+    if run.model.prototypes is None or share == 1:
+        return None
+    pixels = part.labels.small[0].numel()
+    return draw_pixels(part.indices, pixels, max(round(share * pixels), 1), run.config.train.seed, run.step)
+
+
+def known_labels(run: Run, part: MicroBatch) -> Labels:
+    """Labels in which classes without prototypes are ignored."""
+    if run.model.prototypes is None or not run.unseen:
+        return part.labels
+    return Labels(*map(run.model.prototypes.known, part.labels))
+
+
+def to_device(batch: Batch, run: Run) -> MicroBatch:
+    """A batch where the model is, labels and indices int64, labels at the embedding's size as well.
+
+    Maps in place of images if they are cached.
     """
-    assert run.contrast is not None
-    assert output.contrast is not None
-    source, labels, predictions = output.contrast
-    found = run.contrast(source, labels, predictions, indices, run.step, project=run.model.projection)
-    warm = run.step >= run.config.contrast.warmup_iterations
-    output.total = output.total + (run.config.loss.contrast if warm else 0.0) / parts * found.loss
-    output.terms["contrast"] = found.loss.detach() / parts
-    shares = {name: value / parts for name, value in found.diagnostics.items() if value.ndim == 0}
-    fills = {name: value.mean() / parts for name, value in found.diagnostics.items() if value.ndim == 1}
-    counts = {"anchors": found.anchors, "empty": found.empty / parts}
-    output.diagnostics = {f"contrast_{name}": v for name, v in (shares | fills | counts).items()}
-    return found.projected
-
-
-def to_device(batch: Batch, run: Run) -> Batch:
-    """A batch where the model is, labels and indices int64; maps in place of images if they are cached."""
     image, label, index = (tensor.to(run.device, non_blocking=True) for tensor in batch)
     if run.train_features is not None:
         image = run.train_features.maps(batch.index, run.device)
-    return Batch(image, label.long(), index)
+    label = label.long()
+    small = downsample_labels(label, run.model.feature_size(label))
+    return MicroBatch(image, Labels(label, small), index.long())
 
 
 def split(batch: Batch, config: Config) -> list[Batch]:
@@ -209,7 +205,7 @@ def split(batch: Batch, config: Config) -> list[Batch]:
     return [Batch(*part) for part in zip(*parts)]
 
 
-def start_prototypes_(run: Run, micro: list[Batch]) -> None:
+def start_prototypes_(run: Run, micro: list[MicroBatch]) -> None:
     """Give classes seen for the first time their prototypes, and revive dead ones every R steps.
 
     Rare, so it may cost a forward pass of its own; all ranks decide alike.
@@ -219,13 +215,13 @@ def start_prototypes_(run: Run, micro: list[Batch]) -> None:
         return
     every = run.config.prototypes.revive_after
     due = bool(every) and run.step > 0 and run.step % every == 0
-    small = [downsample_labels(part.label, run.model.feature_size(part.label)) for part in micro]
+    small = [part.labels.small for part in micro]
     if not due and not (run.unseen and present_classes(small, head.num_classes) & run.unseen):
         return
-    for part, labels in zip(micro, small):
+    for part in micro:
         with torch.no_grad(), frozen_running_stats(run.model), autocast(run.config, run.device):
             embedding = run.model.embed(part.image)
-            head.prepare_(embedding, labels)
+            head.prepare_(embedding, part.labels.small)
     run.unseen = unseen_classes(run.model)
 
 
@@ -259,10 +255,10 @@ def finite_values(run: Run, outputs: list[StepOutput], stop: bool) -> dict[str, 
     sums = [sum(output.terms[name] for output in outputs) for name in names[:-1]]
     local = torch.stack([*sums, sum(output.total.detach() for output in outputs)]).float()  # type: ignore
     means = distributed.all_reduce(local) / distributed.world_size()  # local losses carry the factor W
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in run.objective.parameters() if p.grad is not None]
     norm = get_total_norm(gradients)
     if run.config.train.grad_clip is not None:
-        clip_grads_with_norm_(run.model.parameters(), run.config.train.grad_clip, norm)
+        clip_grads_with_norm_(run.objective.parameters(), run.config.train.grad_clip, norm)
     flag = distributed.all_reduce(torch.full((), float(stop), device=run.device), "max")
     extra = [sum(output.diagnostics[name] for output in outputs) for name in outputs[0].diagnostics]
     read = torch.cat([means, torch.stack([norm, flag, *extra]).float()]).tolist()  # type: ignore[list-item]

@@ -35,9 +35,9 @@ def make_batch(images: int = 3, size: int = 4, seed: int = 0, dtype: torch.dtype
 
 
 def build(**change) -> PixelContrast:
-    return PixelContrast(
-        **{"dim": DIM, "num_classes": CLASSES, "num_images": IMAGES, "memory_size": 7, **change}
-    )
+    """Of unit vectors, unless `channels` are given, which are projected."""
+    given = {"channels": DIM, "project": "channels" in change, "dim": DIM, "memory_size": 7}
+    return PixelContrast(**{**given, "num_classes": CLASSES, "num_images": IMAGES, **change})
 
 
 def filled(steps: int = 3, **change) -> PixelContrast:
@@ -59,7 +59,7 @@ def brute_force(contrast: PixelContrast, emb: Tensor, labels: Tensor) -> tuple[T
     losses = []
     for n, (anchor, own, image) in enumerate(rows):
         others = [row for m, row in enumerate(rows) if m != n] + stored
-        if contrast.mode == "intra_image":
+        if contrast.settings.mode == "intra_image":
             others = [row for row in others if row[2] == image]
         positives = [vector.detach() for vector, c, _ in others if c == own]
         negatives = [vector.detach() for vector, c, _ in others if c != own]
@@ -67,9 +67,12 @@ def brute_force(contrast: PixelContrast, emb: Tensor, labels: Tensor) -> tuple[T
             continue
         positives.sort(key=lambda vector: float(vector @ anchor))
         negatives.sort(key=lambda vector: -float(vector @ anchor))
-        if contrast.pair_sampler == "hardest":
-            positives, negatives = positives[: contrast.positives], negatives[: contrast.negatives]
-        if contrast.pair_sampler == "semi_hard":
+        if contrast.settings.pair_sampler == "hardest":
+            positives, negatives = (
+                positives[: contrast.settings.positives],
+                negatives[: contrast.settings.negatives],
+            )
+        if contrast.settings.pair_sampler == "semi_hard":
             positives = positives[: max(len(positives) // 10, 1)]
             negatives = negatives[: max(len(negatives) // 10, 1)]
         losses.append(eq3(anchor, torch.stack(positives), torch.stack(negatives)))
@@ -124,7 +127,7 @@ def test_extreme_similarities_stay_finite() -> None:
 @pytest.mark.parametrize("sampler", ["random", "hardest", "semi_hard"])
 def test_loss_and_gradient_against_loops(mode: str, sampler: str) -> None:
     counts = {"positives": 3, "negatives": 5} if sampler == "hardest" else {}
-    contrast = filled(mode=mode, pair_sampler=sampler, anchors_per_class=ALL, pool_size=None, **counts)
+    contrast = filled(mode=mode, pair_sampler=sampler, anchors_per_class=ALL, pool_size="full", **counts)
     emb, labels, predictions, indices = make_batch(seed=1)
     emb.requires_grad_()
     before = {name: buffer.clone() for name, buffer in contrast.named_buffers()}
@@ -320,7 +323,7 @@ def test_pool_is_balanced_half_batch_half_memory_and_fills_up() -> None:
 def test_large_pool_equals_full_pool() -> None:
     emb, labels, predictions, indices = make_batch(seed=4)
     losses = []
-    for pool_size in (None, CLASSES * 1000):
+    for pool_size in ("full", CLASSES * 1000):
         contrast = filled(pair_sampler="random", pool_size=pool_size)
         losses.append(contrast(emb, labels, predictions, indices, 5).loss)
     assert torch.allclose(losses[0], losses[1])
@@ -328,7 +331,7 @@ def test_large_pool_equals_full_pool() -> None:
 
 def test_empty_slots_are_never_candidates() -> None:
     emb, labels, predictions, indices = make_batch(seed=5)
-    for pool_size in (None, 64):
+    for pool_size in ("full", 64):
         contrast = filled(steps=1, memory_size=50, pool_size=pool_size)
         memory = contrast.memory
         assert memory is not None
@@ -348,7 +351,7 @@ def test_empty_slots_are_never_candidates() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {}, {"pool_size": None}, {"mode": "intra_image"}, {"mode": "batch", "anchor_sampler": "random"},
+        {}, {"pool_size": "full"}, {"mode": "intra_image"}, {"mode": "batch", "anchor_sampler": "random"},
         {"pair_sampler": "random", "positives": 3, "negatives": 5},
         {"pair_sampler": "hardest", "negatives": 6},
         {"memory": "pixel"}, {"memory": "region", "cap_mb": 2 * CLASSES * DIM * 4 / 1e6 + 1e-9},
@@ -399,10 +402,9 @@ def test_ranks_equal_one_process(world: int, change: dict) -> None:
 
 @pytest.mark.parametrize("case", ["all ignored", "one class", "two pixels", "no known label"])
 @pytest.mark.parametrize("mode", ["intra_image", "batch", "memory"])
-@pytest.mark.parametrize("pool_size", [None, 64])
-def test_no_qualifying_anchor(case: str, mode: str, pool_size: int | None) -> None:
-    contrast = build(mode=mode, pool_size=pool_size)  # with an empty memory
-    head = ProjectionHead(5, DIM)
+@pytest.mark.parametrize("pool_size", ["full", 64])
+def test_no_qualifying_anchor(case: str, mode: str, pool_size: int | str) -> None:
+    contrast = build(channels=5, mode=mode, pool_size=pool_size)  # with an empty memory
     features = torch.randn(2, 5, 3, 3).requires_grad_()
     labels = torch.full((2, 3, 3), IGNORE)
     if case == "one class":
@@ -411,10 +413,10 @@ def test_no_qualifying_anchor(case: str, mode: str, pool_size: int | None) -> No
         labels[0, 0, 0], labels[1, 0, 0] = 0, 3
     elif case == "no known label":
         labels[:] = CLASSES  # beyond the classes: treated as ignored
-    out = contrast(features, labels, torch.zeros_like(labels), torch.tensor([0, 1]), 0, head)
+    out = contrast(features, labels, torch.zeros_like(labels), torch.tensor([0, 1]), 0)
     out.loss.backward()
     assert (out.loss.item(), out.value.item(), out.anchors.item(), out.empty.item()) == (0, 0, 0, 1)
-    for name, parameter in head.named_parameters():
+    for name, parameter in contrast.named_parameters():
         assert parameter.grad is not None, name
         assert (parameter.grad == 0).all(), name
     assert features.grad is not None
@@ -439,8 +441,8 @@ def test_one_class_in_the_batch_contrasts_with_the_memory(sampler: str) -> None:
 def test_half_precision_memory_and_features() -> None:
     emb, labels, predictions, indices = make_batch(seed=7, dtype=torch.float32)
     losses = []
-    for dtype, features in ((torch.float32, emb), (torch.float16, emb), (torch.float32, emb.bfloat16())):
-        out = filled(storage_dtype=dtype)(features.requires_grad_(), labels, predictions, indices, 5)
+    for kind, features in (("float32", emb), ("float16", emb), ("float32", emb.bfloat16())):
+        out = filled(storage=kind)(features.requires_grad_(), labels, predictions, indices, 5)
         out.loss.backward()
         assert out.loss.dtype == torch.float32
         losses.append(out.loss.item())
@@ -454,13 +456,14 @@ def test_half_precision_memory_and_features() -> None:
 def test_projecting_anchors_only_equals_projecting_everything() -> None:
     _, labels, predictions, indices = make_batch(seed=8)
     torch.manual_seed(0)
-    head = ProjectionHead(5, DIM).double()
     features = torch.randn(3, 5, 4, 4, dtype=torch.float64)
-    contrast, results = filled(anchors_per_class=4), []
+    contrast, results = filled(anchors_per_class=4).double(), []
+    head = ProjectionHead(5, DIM).double()
     for lean in (True, False):
         head.zero_grad()
         x = features.clone().requires_grad_()
-        out = contrast(x if lean else head(x), labels, predictions, indices, 5, head if lean else None)
+        contrast.projection = head if lean else torch.nn.Identity()
+        out = contrast(x if lean else head(x), labels, predictions, indices, 5)
         out.loss.backward()
         weights = [parameter.grad.clone() for parameter in head.parameters() if parameter.grad is not None]
         assert len(weights) == 4
@@ -473,10 +476,13 @@ def test_gradient_lies_in_memory_as_the_features_do() -> None:
     # added to the classifier's gradient, another layout would cost more than the whole contrast
     _, labels, predictions, indices = make_batch(seed=8)
     torch.manual_seed(0)
-    head, features, gradients = ProjectionHead(5, DIM), torch.randn(3, 5, 4, 4), []
+    features, gradients = torch.randn(3, 5, 4, 4), []
     for layout in (torch.contiguous_format, torch.channels_last):
         x = features.to(memory_format=layout, copy=True).requires_grad_()
-        out = filled(anchors_per_class=4)(x * 1, labels, predictions, indices, 5, head)
+        torch.manual_seed(1)
+        contrast = filled(anchors_per_class=4)
+        contrast.projection = ProjectionHead(5, DIM)
+        out = contrast(x * 1, labels, predictions, indices, 5)
         gradients.append(torch.autograd.grad(out.loss, x)[0])
         assert gradients[-1].is_contiguous(memory_format=layout)
         assert out.projected.is_contiguous(memory_format=torch.channels_last)
@@ -505,7 +511,7 @@ def test_projection_is_normalised_along_channels_and_local() -> None:
 
 
 def test_diagnostics_against_loops() -> None:
-    contrast = filled(anchors_per_class=ALL, pool_size=None, mode="batch")
+    contrast = filled(anchors_per_class=ALL, pool_size="full", mode="batch")
     emb, labels, predictions, indices = make_batch(seed=10)
     out = contrast(emb, labels, predictions, indices, 5)
     rows, own = emb.permute(0, 2, 3, 1).reshape(-1, DIM), labels.flatten()
@@ -543,6 +549,7 @@ def test_fill_is_reported() -> None:
 
 def test_no_parameter_and_no_memory_without_need() -> None:
     assert not list(build().parameters())
+    assert len(list(build(channels=5).parameters())) == 4
     for mode in ("intra_image", "batch"):
         contrast = build(mode=mode)
         assert not contrast.state_dict()
@@ -588,22 +595,23 @@ def test_labels_at_another_stride_are_an_error() -> None:
 def test_compiles_as_one_graph() -> None:
     # a graph without a break also means that the host reads nothing from the device
     contrast = filled(negatives=2)  # fewer than the hardest tenth
-    head = ProjectionHead(5, DIM)
+    contrast.projection = head = ProjectionHead(5, DIM)
     _, labels, predictions, indices = make_batch(seed=12)
     features = torch.randn(3, 5, 4, 4)
     torch._dynamo.reset()
 
-    def both(step: int) -> Tensor:
-        out = contrast(features, labels, predictions, indices, step, head)
+    def both(step: Tensor) -> Tensor:
+        out = contrast(features, labels, predictions, indices, step)
         contrast.enqueue_(out.projected, labels, indices, step)
         return out.loss
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     state = {name: value.clone() for name, value in contrast.state_dict().items()}
-    expected = [both(step) for step in (5, 6)]
+    steps = [torch.tensor(step) for step in (5, 6)]  # as tensors: no new graph for each
+    expected = [both(step) for step in steps]
     after = {name: value.clone() for name, value in contrast.state_dict().items()}
     contrast.load_state_dict(state)
-    got = [compiled(step) for step in (5, 6)]
+    got = [compiled(step) for step in steps]
     assert torch.allclose(torch.stack(got), torch.stack(expected))
     for name, value in contrast.state_dict().items():
         assert torch.allclose(value, after[name]), name

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from protoseg.core.contrast_memory import PixelMemory, memory_slots, region_means
 from protoseg.core.draws import class_map, pixel_keys, sort_groups
+from protoseg.core.settings import ContrastSettings
 
 SEED, IGNORE = 7, 255
 WORD = (1 << 64) - 1
@@ -71,6 +72,10 @@ def assert_equal(memory: PixelMemory, oracle: Oracle, tolerance: float) -> None:
             assert torch.allclose(got, expected, atol=max(tolerance, 1e-6)), f"class {c}, region slot {slot}"
 
 
+def memory_of(dim: int, num_classes: int, num_images: int, **settings) -> PixelMemory:
+    return PixelMemory(dim, num_classes, num_images, ContrastSettings(**settings))
+
+
 def batch_of(
     images: int, num_classes: int, num_images: int, dim: int, ask: random.Random
 ) -> tuple[Tensor, ...]:
@@ -111,9 +116,9 @@ def test_replay_slot_by_slot(
     cap = 256 if cap_slots is None else cap_slots * num_classes * dim * size / 1e6 + 1e-9
 
     def build() -> PixelMemory:
-        return PixelMemory(
+        return memory_of(
             dim, num_classes, num_images, memory=kind, pixels_per_image=drawn, memory_size=slots, cap_mb=cap,
-            storage_dtype=dtype,
+            storage=str(dtype).removeprefix("torch."),
         )  # fmt: skip
 
     ranks, memories = Ranks(world), [build() for _ in range(world)]
@@ -148,7 +153,7 @@ def test_only_pixels_of_the_class_enter_and_class_0_does() -> None:
     labels = torch.randint(0, 4, (3, 6, 6), generator=torch.Generator().manual_seed(0))
     labels[0, 0, 0], labels[1, :2] = IGNORE, IGNORE
     emb = F.one_hot(labels.clamp(max=4), 5).permute(0, 3, 1, 2).float()
-    memory = PixelMemory(5, 4, 3, pixels_per_image=6)
+    memory = memory_of(5, 4, 3, pixels_per_image=6)
     enqueue_(memory, emb, labels, torch.arange(3), 0)
     for c in range(4):
         rows_CSD, valid_CS = memory.everything()
@@ -188,7 +193,7 @@ def test_keys_depend_on_every_part_and_match_plain_integers() -> None:
 
 @pytest.mark.parametrize("kind", ["pixel", "region", "both"])
 def test_memory_draw_takes_filled_slots_only_evenly_and_once(kind: str) -> None:
-    memory = PixelMemory(4, 3, 12, memory=kind, memory_size=9)
+    memory = memory_of(4, 3, 12, memory=kind, memory_size=9)
     memory.pixel_fill_C.copy_(torch.tensor([9, 4, 0]) if memory.pixel_slots else torch.zeros(3))
     if memory.region_slots:
         memory.region_valid_CR[0, [1, 5, 11]] = True
@@ -220,7 +225,7 @@ def test_region_mean_that_cancels_is_left_out() -> None:
 
 
 def test_all_ignored_batch_changes_nothing() -> None:
-    memory = PixelMemory(5, 3, 4, memory_size=6)
+    memory = memory_of(5, 3, 4, memory_size=6)
     ask = random.Random(0)
     enqueue_(memory, *batch_of(2, 3, 4, 5, ask), 0)
     before = {name: buffer.clone() for name, buffer in memory.named_buffers()}
@@ -232,7 +237,7 @@ def test_all_ignored_batch_changes_nothing() -> None:
 
 def test_resume_continues_exactly() -> None:
     batches = [batch_of(2, 3, 6, 5, random.Random(i)) for i in range(6)]
-    whole, second = PixelMemory(5, 3, 6, memory_size=5), PixelMemory(5, 3, 6, memory_size=5)
+    whole, second = memory_of(5, 3, 6, memory_size=5), memory_of(5, 3, 6, memory_size=5)
     for step, batch in enumerate(batches):
         enqueue_(whole, *batch, step)
         if step == 2:
@@ -245,36 +250,43 @@ def test_resume_continues_exactly() -> None:
 
 def test_cap() -> None:
     # the paper's sizes: Cityscapes in float32, 2975 images, 19 classes, 256 channels
-    pixels, regions, text = memory_slots(19, 256, 2975, "both", None, 256, 4)
+    pixels, regions, text = memory_slots(19, 256, 2975, ContrastSettings(cap_mb=256))
     assert (pixels, regions) == (13157 - 2975, 2975)
     assert "10182 pixels per class instead of 29750" in text
-    assert memory_slots(19, 256, 2975, "both", None, 700, 4) == (29750, 2975, None)
-    assert memory_slots(19, 256, 2975, "both", None, 256, 2)[0] > 2 * pixels
-    pixels, regions, text = memory_slots(150, 256, 20210, "both", None, 256, 4)  # ADE20K: a ring of regions
+    assert memory_slots(19, 256, 2975, ContrastSettings(cap_mb=700)) == (29750, 2975, None)
+    assert memory_slots(19, 256, 2975, ContrastSettings(cap_mb=256, storage="float16"))[0] > 2 * pixels
+    pixels, regions, text = memory_slots(
+        150, 256, 20210, ContrastSettings(cap_mb=256)
+    )  # ADE20K: a ring of regions
     assert (pixels, regions) == (833, 833)
     assert "the last 833 regions per class instead of one for each of 20210 images" in text
-    assert memory_slots(150, 256, 20210, "region", None, 256, 4)[:2] == (0, 1666)
-    assert memory_slots(150, 256, 20210, "both", 40, 256, 4)[:2] == (40, 1626)
+    assert memory_slots(150, 256, 20210, ContrastSettings(memory="region", memory_size=None, cap_mb=256))[
+        :2
+    ] == (0, 1666)
+    assert memory_slots(150, 256, 20210, ContrastSettings(memory="both", memory_size=40, cap_mb=256))[:2] == (
+        40,
+        1626,
+    )
     with pytest.raises(ValueError, match=r"cap_mb=0\.001 is too small"):
-        memory_slots(150, 256, 20210, "both", None, 0.001, 4)
+        memory_slots(150, 256, 20210, ContrastSettings(cap_mb=0.001))
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"memory": "pixels"}, "memory='pixels'"),
-        ({"storage_dtype": torch.int8}, "storage_dtype=torch.int8"),
+        ({"storage": "int8"}, "storage='int8'"),
         ({"pixels_per_image": 0}, "pixels_per_image=0"), ({"memory_size": 0}, "memory_size=0"),
         ({"num_images": 0}, "num_images=0"),
     ],
 )  # fmt: skip
 def test_bad_values_name_themselves(change: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        PixelMemory(**{"dim": 4, "num_classes": 2, "num_images": 3, **change})
+        memory_of(**{"dim": 4, "num_classes": 2, "num_images": 3, **change})
 
 
 def test_index_beyond_the_table_is_an_error() -> None:
-    memory = PixelMemory(5, 3, 4, memory="region")
+    memory = memory_of(5, 3, 4, memory="region")
     emb, labels, _ = batch_of(1, 3, 4, 5, random.Random(0))
     for index in (4, -1):  # the next class's first slot, the one before's last
         with pytest.raises(IndexError):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_close_report, brute_scores, brute_sinkhorn, brute_update, unit_vectors
 from torch import Tensor
 
+from protoseg.core import clustering, similarity
 from protoseg.core.clustering import assign, sinkhorn
 from protoseg.core.contrast import PixelContrast
 from protoseg.core.losses import upsampled_cross_entropy
@@ -21,18 +22,18 @@ class Precision(NamedTuple):
     """How the head computes, and how far it may be from the same in double, relative to the largest value."""
 
     features: torch.dtype
-    score_dtype: torch.dtype | None
+    score_dtype: str
     products: str
     allowed: float
     margin: float  # similarities that differ by less may be the same after rounding
 
 
 PRECISIONS = {
-    "double": Precision(torch.float64, None, "highest", 1e-10, 1e-12),
-    "fp32": Precision(torch.float32, None, "highest", 1e-5, 1e-5),
-    "TF32": Precision(torch.float32, None, "high", 5e-3, 2e-3),
-    "bf16 features": Precision(torch.bfloat16, None, "high", 1e-2, 2e-3),
-    "bf16": Precision(torch.bfloat16, torch.bfloat16, "high", 4e-2, 1e-2),
+    "double": Precision(torch.float64, "float32", "highest", 1e-10, 1e-12),
+    "fp32": Precision(torch.float32, "float32", "highest", 1e-5, 1e-5),
+    "TF32": Precision(torch.float32, "float32", "high", 5e-3, 2e-3),
+    "bf16 features": Precision(torch.bfloat16, "float32", "high", 1e-2, 2e-3),
+    "bf16": Precision(torch.bfloat16, "bfloat16", "high", 4e-2, 1e-2),
 }
 
 
@@ -52,7 +53,8 @@ def make_head(
 ) -> PrototypeHead:
     """Random prototypes, the last class without any."""
     torch.manual_seed(1)
-    head = PrototypeHead(dim, classes, count, start="random", momentum=0.9, **options)  # type: ignore[arg-type]
+    given = {"start": "random", "prior": "none", "update_pixels": "all", "momentum": 0.9, **options}
+    head = PrototypeHead(dim, classes, count, **given)
     head.initialized[-1] = False
     return head.to(device)
 
@@ -70,11 +72,15 @@ def close(got: Tensor, expected: Tensor, what: str, allowed: float) -> None:
 
 @pytest.mark.parametrize("chunk_size", [None, 10])
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_step_against_loops(device: torch.device, name: str, chunk_size: int | None) -> None:
+def test_step_against_loops(
+    device: torch.device, name: str, chunk_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk_size is not None:
+        monkeypatch.setattr(similarity, "pixels_at_once", lambda *_: chunk_size)
     p = PRECISIONS[name]
     torch.set_float32_matmul_precision(p.products)
     features, labels = batch(dtype=p.features)
-    head = make_head(device, score_dtype=p.score_dtype, chunk_size=chunk_size)
+    head = make_head(device, score_dtype=p.score_dtype)
     inputs = leaf(features, device)
     out = head.training_step(inputs, labels.to(device))
     weights = torch.randn(out.logits.shape, generator=torch.Generator().manual_seed(2))
@@ -87,13 +93,17 @@ def test_step_against_loops(device: torch.device, name: str, chunk_size: int | N
     label_N = labels.flatten().clone()
     label_N[label_N == 255] = -1
     label_N[label_N == CLASSES - 1] = -1
-    scores, own, lse = brute_scores(emb, head.prototypes.cpu().double(), label_N, head.temperature, live)
-    plan = brute_sinkhorn(own.detach(), label_N, CLASSES, head.kappa, head.sinkhorn_iterations)
+    scores, own, lse = brute_scores(
+        emb, head.prototypes.cpu().double(), label_N, head.settings.temperature, live
+    )
+    plan = brute_sinkhorn(
+        own.detach(), label_N, CLASSES, head.settings.kappa, head.settings.sinkhorn_iterations
+    )
     known = label_N >= 0
     positive = own.gather(1, plan.argmax(1)[:, None])[known, 0]
-    ppc = (lse[known] - positive / head.temperature).mean()
+    ppc = (lse[known] - positive / head.settings.temperature).mean()
     ppd = (1 - positive).square().mean()
-    logits = head.logit_scale * scores.view(2, 6, 6, CLASSES).permute(0, 3, 1, 2)
+    logits = head.settings.logit_scale * scores.view(2, 6, 6, CLASSES).permute(0, 3, 1, 2)
     ((logits * shown).sum() + ppc + ppd).backward()
 
     close(out.logits[:, :-1], logits[:, :-1], "logits", p.allowed)
@@ -114,11 +124,14 @@ def test_step_against_loops(device: torch.device, name: str, chunk_size: int | N
     assert out.labels.flatten().cpu().equal(label_N)
 
 
-@pytest.mark.parametrize(("kappa", "log_domain"), [(0.05, False), (0.05, True), (0.01, None)])
-def test_sinkhorn_against_loops(device: torch.device, kappa: float, log_domain: bool | None) -> None:
+@pytest.mark.parametrize(("kappa", "below"), [(0.05, 0.0), (0.05, 1.0), (0.01, 0.03)])  # logarithms below
+def test_sinkhorn_against_loops(
+    device: torch.device, kappa: float, below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clustering, "LOG_DOMAIN_BELOW", below)
     own = 2 * torch.rand(300, K, generator=torch.Generator().manual_seed(3)) - 1
     labels = torch.randint(-1, CLASSES, (300,), generator=torch.Generator().manual_seed(4))
-    plan = sinkhorn(own.to(device), labels.to(device), CLASSES, kappa, 3, log_domain=log_domain)
+    plan = sinkhorn(own.to(device), labels.to(device), CLASSES, kappa, 3)
     expected = brute_sinkhorn(own, labels, CLASSES, kappa, 3)
     assert_close_report(plan.cpu(), expected, "plan", "NK", atol=1e-4)
     assert assign(plan, labels.to(device)).cpu().equal(torch.where(labels >= 0, expected.argmax(1), -1))
@@ -142,13 +155,14 @@ def test_prototypes_start_and_revive_as_on_the_cpu(device: torch.device) -> None
     heads = []
     for where in (torch.device("cpu"), device):
         torch.manual_seed(1)
-        head = PrototypeHead(D, CLASSES, K, revive_after=3).to(where)
+        head = PrototypeHead(D, CLASSES, K, revive_after=3, prior="none").to(where)
         head.prepare_(features.to(where), labels.to(where))
-        head.idle[2, 1] = 5
+        head.nearest_usage[2] = 5.0
+        head.nearest_usage[2, 1] = 0
         head.prepare_(features.to(where) + 0.1, labels.to(where))
         heads.append(head)
     assert heads[1].initialized.all()
-    assert heads[1].idle.max() == 0
+    assert heads[1].nearest_usage[2, 1] > 0
     assert_close_report(heads[1].prototypes.cpu(), heads[0].prototypes, "prototypes", "CKD", atol=1e-5)
     values = [head.health().to_plain() for head in heads]
     for name, expected in values[0].items():
@@ -161,7 +175,7 @@ def test_large_step_against_the_cpu(device: torch.device, name: str) -> None:
     torch.set_float32_matmul_precision(p.products)
     features, labels = batch(64, 150, 48, p.features)
     found = []
-    exact = (torch.device("cpu"), torch.float64, None)
+    exact = (torch.device("cpu"), torch.float64, "float32")
     for where, dtype, score_dtype in (exact, (device, p.features, p.score_dtype)):
         head = make_head(where, 64, 150, 10, score_dtype=score_dtype)
         inputs = leaf(features, where, dtype)
@@ -211,12 +225,20 @@ def test_upsampled_cross_entropy(device: torch.device, dtype: torch.dtype, weigh
     close(on_device.grad, exact.grad, "gradient", allowed)
 
 
-@pytest.mark.parametrize("pool_size", [64, None])
-def test_contrast_and_memory_as_on_the_cpu(device: torch.device, pool_size: int | None) -> None:
+@pytest.mark.parametrize("pool_size", [64, "full"])
+def test_contrast_and_memory_as_on_the_cpu(device: torch.device, pool_size: int | str) -> None:
     found = []
     for where in (torch.device("cpu"), device):
         contrast = PixelContrast(
-            D, CLASSES, 12, anchors_per_class=6, positives=8, negatives=16, pool_size=pool_size, cap_mb=1
+            D,
+            CLASSES,
+            12,
+            project=False,
+            anchors_per_class=6,
+            positives=8,
+            negatives=16,
+            pool_size=pool_size,
+            cap_mb=1,
         ).to(where)
         losses, gradients = [], []
         for step in range(5):

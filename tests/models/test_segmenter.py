@@ -1,6 +1,5 @@
 """Segmenter: what it builds, what learns, what does not."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,9 @@ import torch
 from torch import nn
 
 from protoseg.config import config_from
-from protoseg.core.losses import loss_scale
 from protoseg.models.build import build_model
 from protoseg.models.checkpoint import load_segmenter, load_weights, save_segmenter
-from protoseg.models.segmenter import Segmenter, StepOutput, frozen_running_stats
+from protoseg.models.segmenter import Segmenter, frozen_running_stats
 from protoseg.runtime.errors import UserError
 
 
@@ -37,50 +35,6 @@ def test_learnable_parameters_do_not_depend_on_classes_or_prototypes() -> None:
     assert len(counts) == 1
 
 
-def test_prototypes_get_no_gradient_and_forward_changes_nothing() -> None:
-    model = build_model(config_from(small(), "t"), 5).train()
-    before = model.classifier.prototypes.clone()
-    output = model(torch.randint(0, 255, (2, 3, 64, 48), dtype=torch.uint8), torch.randint(0, 5, (2, 64, 48)))
-    output.total.backward()
-    assert model.classifier.prototypes.grad is None
-    assert not model.classifier.prototypes.requires_grad
-    assert torch.equal(before, model.classifier.prototypes)
-    model.classifier.update_(output.prototypes)
-    assert not torch.equal(before, model.classifier.prototypes)
-
-
-@pytest.mark.parametrize("classifier", ["prototypes", "linear"])
-@pytest.mark.parametrize("size", [(33, 47), (64, 64)])
-def test_any_size_and_all_ignored(classifier: str, size: tuple[int, int]) -> None:
-    model = build_model(config_from(small(classifier=classifier), "t"), 5).train()
-    images = torch.rand(2, 3, *size) * 255
-    output = model(images, torch.full((2, *size), 255))
-    assert isinstance(output, StepOutput)
-    output.total.backward()
-    assert output.total.item() == 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert model.eval()(images).shape == (2, 5, -(-size[0] // 4), -(-size[1] // 4))
-
-
-def test_total_is_the_weighted_sum_of_the_terms() -> None:
-    values = small(loss={"ppc": 0.3, "ppd": 0.7, "auxiliary": 0.4})
-    values["backbone"], values["decode_head"] = {"name": "resnet18"}, {"name": "fcn", "dim": 16, "dropout": 0}
-    model = build_model(config_from(values, "t"), 5).train()
-    output = model(torch.rand(2, 3, 64, 64) * 255, torch.randint(0, 5, (2, 64, 64)))
-    terms = output.terms
-    expected = terms["ce"] + 0.3 * terms["ppc"] + 0.7 * terms["ppd"] + 0.4 * terms["auxiliary"]
-    torch.testing.assert_close(output.total.detach(), expected)
-
-
-def test_loss_scales_count_all_micro_batches() -> None:
-    model = build_model(config_from(small(), "t"), 5)
-    a, b = torch.zeros(1, 8, 8, dtype=torch.long), torch.full((1, 8, 8), 255)
-    b[0, 0, 0] = 1
-    scales = model.loss_scales([a, b])
-    assert scales.full == 1 / 65
-    assert scales.small == loss_scale([torch.zeros(4)], 255)  # 2 × 2 cells each, those of b are ignored
-
-
 def test_frozen_running_stats() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3)).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -90,35 +44,6 @@ def test_frozen_running_stats() -> None:
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     torch.testing.assert_close(inside, net(x))
     assert not torch.equal(before["0.running_mean"], net[0].running_mean)
-
-
-@pytest.mark.parametrize(
-    "switch",
-    [{"train": {"channels_last": True}}, {"backbone": {"name": "resnet18", "grad_checkpointing": True}}],
-    ids=["channels_last", "grad_checkpointing"],
-)
-def test_switches_leave_the_loss_alone(switch: dict[str, Any]) -> None:
-    images, labels = torch.rand(2, 3, 64, 64) * 255, torch.randint(0, 5, (2, 64, 64))
-    losses = []
-    for values in (small(), small(**switch)):
-        config = config_from(values, "t")
-        torch.manual_seed(0)
-        model = build_model(config, 5).train()
-        if config.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        losses.append(model(images, labels).total)
-    torch.testing.assert_close(losses[0], losses[1])
-
-
-def test_compiled_step_has_the_same_loss_and_statistics() -> None:
-    torch.manual_seed(0)
-    eager = build_model(config_from(small(), "t"), 5).train()
-    compiled = copy.deepcopy(eager)
-    images, labels = torch.rand(2, 3, 32, 32) * 255, torch.randint(0, 5, (2, 32, 32))
-    expected = eager(images, labels).total
-    torch.testing.assert_close(torch.compile(compiled, backend="aot_eager")(images, labels).total, expected)
-    for (name, a), b in zip(eager.named_buffers(), compiled.buffers()):
-        torch.testing.assert_close(b, a, msg=name)
 
 
 HALF = (127.5, 127.5, 127.5)

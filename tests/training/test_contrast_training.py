@@ -128,7 +128,7 @@ def test_resumed_run_equals_uninterrupted(
     trainer.train(config, resumed, resume="auto")
     a, b = (load_checkpoint(out / "last.pt") for out in (straight, resumed))
     assert {"memory.rows_SD"} <= a["contrast"].keys()
-    for kind in ("model", "projection", "contrast"):
+    for kind in ("model", "contrast"):
         assert a[kind].keys() == b[kind].keys()
         for name in a[kind]:
             assert torch.equal(a[kind][name], b[kind][name]), name
@@ -144,7 +144,6 @@ def test_nothing_is_left_in_the_trained_model(tmp_path: Path, folder: dict[str, 
     for name in ("last.pt", "best.pt"):
         model, _, content = load_segmenter(tmp_path / name)
         assert content["model"].keys() == plain.state_dict().keys()
-        assert model.projection is None
         assert str(model) == str(plain)  # the same modules, so the same speed
     assert results["parameters"] == plain.num_parameters == sum(p.numel() for p in plain.parameters())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -159,25 +158,25 @@ def test_nothing_is_left_in_the_trained_model(tmp_path: Path, folder: dict[str, 
 
 def test_projection_learns_and_adds_to_the_total() -> None:
     run = make_run(tiny())
-    assert run.model.projection is not None
-    before = run.model.projection.out.weight.clone()
+    assert run.contrast is not None
+    before = run.contrast.projection.out.weight.clone()
     values = train_step(run, batch(0))
     parts = values["ce"] + 0.01 * values["ppc"] + 0.01 * values["ppd"] + values["contrast"]
     assert values["loss"] == pytest.approx(parts, rel=1e-5)
-    assert not torch.equal(run.model.projection.out.weight, before)
+    assert not torch.equal(run.contrast.projection.out.weight, before)
 
 
 def test_warm_up_fills_the_memory_and_counts_zero_times() -> None:
     run = make_run(tiny(contrast={**CONTRAST, "warmup_iterations": 2}))
-    assert run.model.projection is not None
-    bias = run.model.projection.out.bias.clone()
+    assert run.contrast is not None
+    bias = run.contrast.projection.out.bias.clone()
     for step in range(2):
         values = train_step(run, batch(step))
         assert values["contrast"] > 0
         assert values["loss"] == pytest.approx(
             values["ce"] + 0.01 * (values["ppc"] + values["ppd"]), rel=1e-5
         )
-    assert torch.equal(run.model.projection.out.bias, bias)  # weights decay, biases only move by gradients
+    assert torch.equal(run.contrast.projection.out.bias, bias)  # weights decay, biases only move by gradients
     assert contrast_state(run)["memory.pixel_fill_C"].min() > 0
     values = train_step(run, batch(2))
     assert values["loss"] > values["ce"] + 0.01 * (values["ppc"] + values["ppd"])
@@ -224,14 +223,10 @@ def test_accumulation_takes_the_mean_over_micro_batches() -> None:
         ("camvid_resnet18_k10", "embedding", 128),
     ],
 )
-def test_where_the_projection_stands(name: str, source: str, channels: int) -> None:
+def test_what_contrast_sees(name: str, source: str, channels: int) -> None:
     with torch.device("meta"):
         model = build_model(load_config(f"configs/{name}.yaml"))
-        assert model.projection_input == source
-        model.add_projection_(256)
-    assert model.projection is not None
-    assert model.projection.hidden.weight.shape == (channels, channels)
-    assert model.projection.out.weight.shape == (256, channels)
+    assert (model.contrast_input, model.contrast_channels) == (source, channels)
 
 
 def test_every_contrast_config_is_there() -> None:

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from protoseg.core.contrast import PixelContrast, ProjectionHead
+from protoseg.core.contrast import PixelContrast
 from protoseg.core.contrast_memory import PixelMemory
 from protoseg.core.contrast_sampling import balanced_pool, select_anchors
 from protoseg.core.draws import Groups, class_map, pixel_keys, sort_groups
+from protoseg.core.settings import ContrastSettings
 from protoseg.models.backbones import build_backbone
 from protoseg.models.decode_heads import build_decode_head
 
@@ -113,7 +114,7 @@ def draws(repeats: int, per_class: int = 27) -> Table:
     classes, batch, size, dim, images, anchors = 150, 4, 64, 256, 1000, 50
     device = torch.device("cpu")
     torch.manual_seed(0)
-    memory = PixelMemory(dim, classes, images)
+    memory = PixelMemory(dim, classes, images, ContrastSettings())
     fill_(memory)
     emb_BPD = F.normalize(torch.randn(batch, size * size, dim), dim=2)
     emb_BDP, indices = emb_BPD.transpose(1, 2).contiguous(), torch.arange(batch)
@@ -172,7 +173,7 @@ def our_enqueue(memory: PixelMemory, emb_BPD: Tensor, class_BP: Tensor, indices:
 
 
 class Model(nn.Module):
-    """Backbone, decode head, linear classifier and projection."""
+    """Backbone, decode head and linear classifier."""
 
     def __init__(self, name: str, classes: int) -> None:
         super().__init__()
@@ -181,7 +182,6 @@ class Model(nn.Module):
         channels, strides = self.backbone.channels, self.backbone.strides
         self.head = build_decode_head(head, channels, strides, classes, dim=dim)
         self.classifier = nn.Conv2d(self.head.dim, classes, 1)
-        self.projection = ProjectionHead(self.head.dim)
 
 
 class Step:
@@ -191,11 +191,13 @@ class Step:
         self.device, self.classes, self.images = torch.device(args.device), 19, 2975
         torch.manual_seed(0)
         self.model = Model(name, self.classes).to(self.device)
-        self.contrast = PixelContrast(256, self.classes, self.images, pool_size=args.pool_size)
+        self.contrast = PixelContrast(
+            self.model.head.dim, self.classes, self.images, pool_size=args.pool_size or "full"
+        )
         if self.contrast.memory is not None:
             fill_(self.contrast.memory)
         self.contrast = self.contrast.to(self.device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.SGD([*self.model.parameters(), *self.contrast.parameters()], lr=1e-4)
         height, width = args.size
         self.image = torch.randn(args.batch, 3, height, width, device=self.device)
         labels = torch.randint(0, self.classes, (args.batch, height // 16, width // 16), device=self.device)
@@ -211,12 +213,12 @@ class Step:
         marks.append(now(self.device))
         if used:
             with torch.no_grad():  # forward does this itself; here it is timed alone
-                self.model.projection(features)
+                self.contrast.projection(features)
             marks.append(now(self.device))
             small = F.interpolate(self.labels[:, None].float(), size=logits.shape[2:])[:, 0].long()
             batch = len(self.image)
             indices = (torch.arange(batch, device=self.device) + step * batch) % self.images
-            out = self.contrast(features, small, logits.argmax(1), indices, step, self.model.projection)
+            out = self.contrast(features, small, logits.argmax(1), indices, step)
             loss = loss + out.loss
             marks.append(now(self.device))
         loss.backward()

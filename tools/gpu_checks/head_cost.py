@@ -44,7 +44,7 @@ def head(job: Job) -> None:
 
 def _parts(n: int, d: int, c: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Milliseconds of `training_step` and of `update_` alone."""
-    score_dtype = None if dtype == torch.float32 else dtype
+    score_dtype = "float32" if dtype == torch.float32 else "bfloat16"
     module = PrototypeHead(d, c, k, start="random", ignore_index=65535, score_dtype=score_dtype).to(device)
     features = torch.randn(2, d, n // 32, 16, device=device).to(dtype).requires_grad_()
     labels = torch.randint(0, c, (2, n // 32, 16), device=device)

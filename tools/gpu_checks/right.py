@@ -15,6 +15,7 @@ from torch import nn
 from protoseg.core.losses import downsample_labels, upsampled_cross_entropy
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.training import step as training
+from protoseg.training.objective import Labels
 
 
 class _Recorder:
@@ -140,16 +141,19 @@ def compiled(job: Job) -> None:
 
     run, batch = make_run(job, "mit_b0", "prototypes", device, precision="fp32"), make_batch(job, device)
     image, labels = batch.image.to(device), batch.label.to(device).long()
-    scales = run.model.loss_scales([labels])
-    run.model.eval()  # dropout would make the losses differ
+    both = Labels(labels, downsample_labels(labels, run.model.feature_size(labels)))
+    index = torch.arange(len(image), device=device)
+    step = torch.tensor(0, device=device)
+    inputs = (image, both, run.objective.loss_scales([both]), index, step)
+    run.objective.eval()  # dropout would make the losses differ
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(run.model)(image, labels, scales)
+    explained = torch._dynamo.explain(run.objective)(*inputs)
     reasons = [str(each.reason)[:300] for each in explained.break_reasons]
     job.record(graphs=explained.graph_count, graph_breaks=explained.graph_break_count, reasons=reasons)
     print(f"  model: {explained.graph_count} graphs, {explained.graph_break_count} breaks", flush=True)
     torch._dynamo.reset()
-    plain = run.model(image, labels, scales).total.item()
-    traced = torch.compile(run.model, backend="aot_eager")(image, labels, scales).total.item()
+    plain = run.objective(*inputs).total.item()
+    traced = torch.compile(run.objective, backend="aot_eager")(*inputs).total.item()
     job.row("model", loss=plain, compiled_loss=traced)
 
     for one, two in ((losses["eager"], losses[backend]), (plain, traced)):

@@ -12,10 +12,12 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from protoseg.config import config_from
+from protoseg.core.draws import draw_pixels
 from protoseg.core.losses import downsample_labels, upsampled_cross_entropy
 from protoseg.data.datasets import dataset_spec
 from protoseg.data.loader import Batch
 from protoseg.models.mit import HEADS, MIT
+from protoseg.training.objective import Labels
 from protoseg.training.step import Run, build_run, train_step
 
 MODES = ("linear", "prototypes", "prototypes+contrast")
@@ -177,13 +179,15 @@ def shares(job: Job, backbone: str, linear_ms: float, batch: Batch, device: torc
     features = features.to(torch.bfloat16).requires_grad_()
     small = downsample_labels(labels, side)
     head.prepare_(features.detach(), small)
-    scale = run.model.loss_scales([labels]).small
+    scale = run.objective.loss_scales([Labels(labels, small)]).small
     classifier = nn.Conv2d(head.dim, 150, 1).to(device)
     logits = torch.randn(len(labels), 150, *side, device=device, requires_grad=True)
 
+    drawn = draw_pixels(index, small[0].numel(), small[0].numel() // 8, 0, 0)  # PPC's default share
+
     def prototypes() -> None:
         features.grad = None
-        out = head.training_step(features, small, scale=scale)
+        out = head.training_step(features, small, scale, drawn)
         (out.logits.mean() + 0.01 * out.ppc + 0.01 * out.ppd).backward()
         head.update_(out)
 
@@ -199,7 +203,7 @@ def shares(job: Job, backbone: str, linear_ms: float, batch: Batch, device: torc
     def pixel_contrast() -> None:
         features.grad = None
         with torch.autocast(device.type, torch.bfloat16):
-            found = contrast(features, small, small, index, 5, project=run.model.projection)
+            found = contrast(features, small, small, index, 5)
         found.loss.backward()
         contrast.enqueue_(found.projected, small, index, 5)
 
