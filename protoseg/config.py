@@ -4,15 +4,14 @@ A YAML file holds only what differs from the defaults below. `preset` fills in t
 chosen variant first; the file's own keys and the command line's `key.sub=value` come on top, in that order.
 """
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from protoseg.core.settings import ContrastSettings, PrototypeSettings
+from protoseg.runtime.config_keys import check_keys, known_keys, merge
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.shipped import find_config
 from protoseg.runtime.strict_yaml import parse_yaml
@@ -232,7 +231,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = find_config(path)
     values = read_yaml(path)
-    _check_keys(Config, values, str(path))
+    check_keys(Config, values, str(path))
     for override in overrides:
         values = merge(values, parse_override(override))
     return config_from(values, str(path))
@@ -275,7 +274,7 @@ def config_from(values: dict[str, Any], where: str) -> Config:
 
 def validated(model: type[AnySection], values: dict[str, Any], where: str) -> AnySection:
     """A section from plain values. Errors: UserError naming `where`, the first key that is wrong, and why."""
-    _check_keys(model, values, where)
+    check_keys(model, values, where)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -288,33 +287,12 @@ def validated(model: type[AnySection], values: dict[str, Any], where: str) -> An
 
 def stored_config(values: dict[str, Any], where: str) -> Config:
     """The configuration of a checkpoint, of this version or an older one: keys that have left are dropped."""
-    return config_from(merge(BEFORE, _known_keys(Config, values)), where)
-
-
-def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `top` on it; sections are merged, everything else is replaced."""
-    merged = dict(base)
-    for key, value in top.items():
-        both_sections = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "label_map"
-        merged[key] = merge(merged[key], value) if both_sections else value
-    return merged
+    return config_from(merge(BEFORE, known_keys(Config, values)), where)
 
 
 def to_plain(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain data, fit for YAML, JSON and checkpoints."""
     return config.model_dump(mode="json")
-
-
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the keys whose values differ between two plain configurations."""
-    names: list[str] = []
-    for key in sorted({*old, *new}, key=str):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b:
-            names.append(f"{prefix}{key}")
-    return names
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -325,51 +303,5 @@ def parse_override(text: str) -> dict[str, Any]:
     nested: Any = parse_yaml(value, f"override {text!r}")
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}
-    _check_keys(Config, nested, f"override {text!r}")
+    check_keys(Config, nested, f"override {text!r}")
     return nested
-
-
-def _sections(kind: Any) -> dict[str, Any]:
-    """Names of the keys of a section, with the type of those that are sections themselves."""
-    if is_dataclass(kind):
-        return {field.name: None for field in fields(kind)}
-    types = {name: field.annotation for name, field in kind.model_fields.items()}
-    return {
-        name: each if isinstance(each, type) and (is_dataclass(each) or issubclass(each, BaseModel)) else None
-        for name, each in types.items()
-    }
-
-
-def _check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Unknown keys, with the nearest valid one; pydantic alone would not suggest any."""
-    known = _sections(kind)
-    for key, value in values.items():
-        if key not in known:
-            near = [name for name in _dotted_names(Config) if name.endswith(f".{key}")]
-            near = near or difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix if '.' not in near[0] else ''}{near[0]}?" if near else ""
-            hint = hint or f"valid here: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        if known[key] is not None:
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{where}: {prefix}{key} is a section, got {value!r:.60}; write its keys below it"
-                )
-            _check_keys(known[key], value, where, f"{prefix}{key}.")
-
-
-def _known_keys(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """The values whose keys exist."""
-    known = _sections(kind)
-    return {
-        key: _known_keys(known[key], value) if known[key] is not None and isinstance(value, dict) else value
-        for key, value in values.items()
-        if key in known
-    }
-
-
-def _dotted_names(kind: Any, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for key, section in _sections(kind).items():
-        names += [f"{prefix}{key}"] if section is None else _dotted_names(section, f"{prefix}{key}.")
-    return names

@@ -88,7 +88,7 @@ def test_shipped_config_loads_and_is_short(path: Path) -> None:
     load_config(path)
     text = path.read_text()
     assert text.startswith("# "), "the first lines say how to run it, how long it takes, what to expect"
-    assert f"python tools/train.py {path}" in text
+    assert f"python tools/train.py {path}" in text or f"python tools/fit.py {path}" in text
     deltas = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     assert len(deltas) <= 30
 

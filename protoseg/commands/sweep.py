@@ -22,8 +22,9 @@ from rich.table import Table
 
 from protoseg.commands.sweep_rows import Row, Sweep, load_sweep, slug
 from protoseg.commands.sweep_tables import Record, read_record, sweep_figure, to_csv, to_markdown
-from protoseg.config import differing_keys, load_config, to_plain
+from protoseg.config import load_config, to_plain
 from protoseg.figures.pictures import save_figure
+from protoseg.runtime.config_keys import differing_keys
 from protoseg.runtime.console import plain_console
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import make_folder, write_text

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from protoseg.config import Config, differing_keys, stored_config, to_plain
+from protoseg.config import Config, stored_config, to_plain
 from protoseg.core.contrast import PixelContrast
 from protoseg.models.checkpoint import load_weights, save_checkpoint, segmenter_content
 from protoseg.runtime import distributed
+from protoseg.runtime.config_keys import differing_keys
 from protoseg.runtime.errors import UserError
 from protoseg.training.step import Run, unseen_classes
 
