@@ -24,7 +24,7 @@ HOUSE = {
         "reading.value_range classes.published digits",
         "reading.decode",
         "reading.pairing file_dataset",
-        "order specs doctor.facts",
+        "order specs doctor.facts annotations",
         "loader datasets doctor.class_table doctor.label_map_advice",
         "doctor.diagnosis doctor.prepare",
         "doctor.image_diagnosis doctor.report",
@@ -38,14 +38,20 @@ HOUSE = {
         "build",
         "checkpoint",
     ],
-    "weights": ["names foreign_files pretrained", "head_names", "foreign_backbone", "foreign_segmenter"],
+    "weights": [
+        "names foreign_files pretrained graph",
+        "head_names",
+        "foreign_backbone",
+        "foreign_segmenter",
+    ],
     "evaluation": ["inference nearest_patches", "scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
     "training": ["objective feature_cache placement", "optimizer log", "step", "resume", "loop"],
     "commands": [
         "arguments video sweep_rows sweep_tables",
         "prediction_files",
-        "train fit evaluate predict vis_prototypes sweep check_data import_weights configs",
+        "train fit evaluate predict vis_prototypes sweep check_data import_weights export convert_labels"
+        " configs",
         "cli",
     ],
 }

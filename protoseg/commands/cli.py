@@ -27,7 +27,9 @@ VERBS = {
     "vis_prototypes": "figures of a run's prototypes, and a page to explore them",
     "sweep": "train many variants of a config and compare them",
     "check_data": "find what is wrong with a dataset before training on it",
+    "convert_labels": "make a dataset of COCO, labelme, YOLO or colour-coded annotations",
     "import_weights": "make a checkpoint of ours from another program's",
+    "export": "write a trained model as ONNX, torch.export or safetensors",
     "configs": "list the configs that come with the package",
 }
 

@@ -32,6 +32,8 @@ def conv_BHWC(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
 
 def patch_conv_BHWC(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
     """A convolution whose stride is its kernel: one matrix product over whole patches, faster than conv."""
+    if torch.compiler.is_exporting():  # whose graph would hold for some sizes only: views of cropped maps
+        return conv_BHWC(conv, x_BHWC)
     r = conv.stride[0]
     rows, columns = x_BHWC.shape[1] // r, x_BHWC.shape[2] // r
     whole_BHWC = x_BHWC[:, : rows * r, : columns * r]

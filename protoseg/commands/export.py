@@ -1,0 +1,107 @@
+"""`export`: a trained model for other programs."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from protoseg.models.checkpoint import find_checkpoint, load_segmenter
+from protoseg.runtime.errors import UserError
+from protoseg.weights.graph import (
+    OUTPUTS,
+    SegmentationGraph,
+    about_model,
+    graph_of,
+    import_extra,
+    write_onnx,
+    write_program,
+)
+from protoseg.weights.pretrained import save_model_folder
+
+FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "shared"}
+CHECKED = ((1, 96, 128), (2, 97, 131), (1, 165, 70))  # batch, height, width
+Runner = Callable[[NDArray[np.uint8]], list[NDArray]]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export a trained model."""
+    parser = argparse.ArgumentParser(
+        prog="export",
+        description="Write a model as ONNX, as a torch.export program, or as a folder of safetensors."
+        " The first two take uint8 RGB images (batch, 3, height, width) of any size from 64 pixels on.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--output", choices=OUTPUTS, help="of the graph (default: labels)")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="default: model.onnx, … in the run folder")
+    parser.add_argument("--check", action="store_true", help="run what was written and compare it with torch")
+    args = parser.parse_args(arguments)
+    path = args.out or find_checkpoint(args.run).parent / FORMATS[args.format]
+    if args.format == "safetensors" and args.output is not None:
+        raise UserError("--output: a folder of safetensors holds the model itself; leave the option out")
+    model, _, content = load_segmenter(args.run)
+    graph = graph_of(model, args.output or "labels")
+    if args.format == "onnx":
+        write_onnx(path, graph, about_model(content))
+    elif args.format == "torch":
+        write_program(path, graph, about_model(content))
+    else:
+        save_model_folder(path, content, find_checkpoint(args.run).parent)
+    print(f"{path}: written ({args.format}; outputs {', '.join(graph.names)})")
+    if args.check:
+        check(graph, READERS[args.format](path, args.output or "labels"))
+
+
+def check(graph: SegmentationGraph, run: Runner) -> None:
+    """Print, for three sizes, how far a written model is from the one in memory."""
+    generator = np.random.default_rng(0)
+    for batch, height, width in CHECKED:
+        images = generator.integers(0, 256, (batch, 3, height, width), np.uint8)
+        with torch.inference_mode():
+            expected = [each.numpy() for each in graph(torch.from_numpy(images))]
+        parts = []
+        for name, got, wanted in zip(graph.names, run(images), expected):
+            if np.issubdtype(wanted.dtype, np.integer):
+                parts.append(f"{name} equal at {(got == wanted).mean():.4%} of pixels")
+            else:
+                parts.append(f"{name} off by at most {np.abs(got - wanted).max():.2e}")
+        print(f"{batch} × {height} × {width}: {'; '.join(parts)}")
+
+
+def onnx_runner(path: Path, _: str = "") -> Runner:
+    """Runs an ONNX file in onnxruntime on the CPU."""
+    session = import_extra("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})
+
+
+def program_runner(path: Path, _: str = "") -> Runner:
+    """Runs a torch.export program."""
+    module: Any = torch.export.load(path).module()
+
+    def run(images: NDArray[np.uint8]) -> list[NDArray]:
+        with torch.inference_mode():
+            return [each.numpy() for each in module(torch.from_numpy(images))]
+
+    return run
+
+
+def folder_runner(path: Path, output: str) -> Runner:
+    """Runs the model of a saved folder."""
+    graph = graph_of(load_segmenter(path)[0], output)
+
+    def run(images: NDArray[np.uint8]) -> list[NDArray]:
+        with torch.inference_mode():
+            return [each.numpy() for each in graph(torch.from_numpy(images))]
+
+    return run
+
+
+READERS: dict[str, Callable[[Path, str], Runner]] = {
+    "onnx": onnx_runner,
+    "torch": program_runner,
+    "safetensors": folder_runner,
+}

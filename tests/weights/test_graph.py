@@ -1,0 +1,141 @@
+"""Exported models say what the model in memory says, at sizes that were not exported."""
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tiny import CLASSES, PALETTE, tiny_config, write_checkpoint
+from torch import nn
+
+import protoseg
+from protoseg.commands.cli import execute
+from protoseg.commands.export import onnx_runner, program_runner
+from protoseg.evaluation.inference import segment
+from protoseg.models.checkpoint import load_segmenter, save_segmenter
+from protoseg.models.segmenter import Segmenter
+from protoseg.runtime.errors import UserError
+from protoseg.weights.graph import OUTPUTS, exported_program, graph_of
+
+SIZES = [(1, 64, 64), (2, 79, 133), (1, 150, 66)]
+BACKBONES = {"resnet18": "mlp", "mit_b0": "mlp", "swin_t": "mlp", "hrnet_w18": "hrnet"}
+
+
+def checkpoint(path: Path, **changes: Any) -> Path:
+    write_checkpoint(path, tiny_config(path.parent, **changes))
+    return path
+
+
+def assert_same(path: Path, graph: nn.Module, run: Any) -> None:
+    for batch, height, width in SIZES:
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        with torch.inference_mode():
+            expected = dict(zip(graph.names, graph(images)))
+        got = dict(zip(graph.names, run(images.numpy())))
+        assert got["labels"].shape == (batch, height, width)
+        assert (got["labels"] == expected["labels"].numpy()).mean() > 0.999
+        for name in {"logits", "confidence", "distance"} & got.keys():
+            assert np.abs(got[name] - expected[name].numpy()).max() < 1e-3, name
+        if "prototypes" in got:
+            assert (got["prototypes"] == expected["prototypes"].numpy()).mean() > 0.999
+
+
+def test_the_graph_says_what_predict_says(tmp_path: Path) -> None:
+    model, *_ = load_segmenter(checkpoint(tmp_path / "last.pt"))
+    images = torch.randint(0, 256, (2, 3, 75, 93), dtype=torch.uint8)
+    graph = graph_of(model, "all")
+    assert graph.names == OUTPUTS["all"]
+    with torch.inference_mode():
+        made = dict(zip(graph.names, graph(images)))
+    for i, image in enumerate(images):
+        expected = segment(model, image, confidence=True, prototypes=True, distance=True)
+        assert (made["labels"][i] == expected.classes).float().mean() > 0.999
+        same = made["labels"][i] == expected.classes
+        assert torch.equal(made["prototypes"][i][same], expected.prototypes[same])
+        assert torch.allclose(made["confidence"][i], expected.confidence, atol=1e-4)
+        assert torch.allclose(made["distance"][i], expected.distance, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_onnx_and_program_at_other_sizes(name: str, tmp_path: Path) -> None:
+    changes = {"backbone": {"name": name}, "decode_head": {"name": BACKBONES[name], "dim": 8}}
+    path = checkpoint(tmp_path / "last.pt", **changes)
+    graph = graph_of(load_segmenter(path)[0], "all")
+    assert execute("export", [str(path), "--output", "all"]) == 0
+    assert_same(path, graph, onnx_runner(tmp_path / "model.onnx"))
+    if name == "resnet18":
+        assert execute("export", [str(path), "--output", "all", "--format", "torch"]) == 0
+        assert_same(path, graph, program_runner(tmp_path / "model.pt2"))
+
+
+def test_what_stands_in_an_onnx_file(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "last.pt", classifier="linear")
+    assert execute("export", [str(path), "--out", str(tmp_path / "a.onnx")]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == CLASSES
+    assert [tuple(colour) for colour in json.loads(about["palette"])] == PALETTE
+    assert {"torch", "protoseg"} <= about.keys()
+    (images,), (labels,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, labels.name, labels.type) == (
+        "images", "tensor(uint8)", "labels", "tensor(int64)",
+    )  # fmt: skip
+    assert [isinstance(side, str) for side in images.shape] == [True, False, True, True]
+    onnx.checker.check_model(onnx.load(tmp_path / "a.onnx"))
+    assert_same(path, graph_of(load_segmenter(path)[0], "labels"), onnx_runner(tmp_path / "a.onnx"))
+
+
+def test_an_edited_model_is_exported_as_it_is(tmp_path: Path) -> None:
+    model, config, _ = load_segmenter(checkpoint(tmp_path / "first.pt"))
+    assert model.prototypes is not None
+    model.prototypes.remove_class(1)
+    save_segmenter(tmp_path / "last.pt", model, config, ["road", "tree"], [PALETTE[0], PALETTE[2]])
+    assert execute("export", [str(tmp_path)]) == 0
+    graph = graph_of(load_segmenter(tmp_path)[0], "labels")
+    assert_same(tmp_path, graph, onnx_runner(tmp_path / "model.onnx"))
+    about = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == ["road", "tree"]
+
+
+def test_check_prints_the_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(tmp_path / "last.pt")
+    assert execute("export", [str(path), "--format", "safetensors", "--check"]) == 0
+    assert protoseg.load(tmp_path / "shared", "cpu").classes == CLASSES
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["1 × 96 × 128", "2 × 97 × 131", "1 × 165 × 70"]
+    assert all("labels equal at 100.0000% of pixels" in line for line in lines[1:])
+
+
+def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    class Peeks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    model: Segmenter = load_segmenter(checkpoint(tmp_path / "last.pt"))[0]
+    model.decode_head.peeks = Peeks()
+    model.decode_head.forward = lambda maps: (model.decode_head.peeks(maps[0]), [])  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"^export: layer decode_head\.peeks cannot be exported \(.*\); use"):
+        exported_program(graph_of(model, "labels"))
+
+
+def test_an_extra_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without_onnx(name: str, *rest: Any) -> Any:
+        if name == "onnx":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_onnx)
+    assert execute("export", [str(checkpoint(tmp_path / "last.pt"))]) == 2
+    message = "error: onnx is not installed; run: pip install 'protoseg[export]'\n"
+    assert capsys.readouterr().err == message
+    assert execute("export", [str(tmp_path), "--format", "safetensors", "--output", "all"]) == 2
+    assert "--output: a folder of safetensors holds the model itself" in capsys.readouterr().err
