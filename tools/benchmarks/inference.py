@@ -4,14 +4,20 @@ One measurement per call, since a process never gives its peak back: compare cal
 """
 
 import argparse
+import statistics
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from protoseg.config import config_from
 from protoseg.evaluation.inference import InferenceSettings, protocol_for, segment
 from protoseg.models.build import build_model
+from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.memory import peak_memory_gb
+from protoseg.weights.graph import graph_of, import_extra, write_onnx
 
 
 def main(argv: list[str]) -> None:
@@ -26,9 +32,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--whole", action="store_true", help="no windows (predict takes them for large images)"
     )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="the exported graph in onnxruntime against torch, whole, medians of 5",
+    )
     args = parser.parse_args(argv)
     values = {"backbone": {"name": args.backbone}, "decode_head": {"dim": args.dim}}
     model = build_model(config_from(values | {"prototypes": {"start": "random"}}, "benchmark"), args.classes)
+    if args.onnx:
+        against_onnxruntime(model.eval(), args.size)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     before = peak_memory_gb(device)
@@ -44,4 +58,33 @@ def main(argv: list[str]) -> None:
     print(
         f"{args.backbone}, {args.classes} classes, {args.size[1]}×{args.size[0]} {shown}, {device.type}:"
         f" peak {peak_memory_gb(device):.2f} GB (before the image {before:.2f} GB), {seconds:.1f} s"
+    )
+
+
+def against_onnxruntime(model: Segmenter, size: list[int]) -> None:
+    """Both on the CPU with as many threads as torch has, alternating; each once before for nothing."""
+    onnxruntime = import_extra("onnxruntime")
+    images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    graph = graph_of(model, "labels")
+    with tempfile.TemporaryDirectory() as folder:
+        write_onnx(Path(folder) / "model.onnx", graph, {})
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options)
+    runs: dict[str, Callable[[], object]] = {
+        "torch": lambda: graph(images),
+        "onnxruntime": lambda: session.run(None, {"images": images.numpy()}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.inference_mode():
+        for _ in range(6):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
+    print(
+        f"{size[1]}×{size[0]}, {torch.get_num_threads()} threads:"
+        f" torch {medians['torch']:.3f} s, onnxruntime {medians['onnxruntime']:.3f} s"
+        f" (ratio {medians['onnxruntime'] / medians['torch']:.2f})"
     )
