@@ -18,7 +18,9 @@ from protoseg.data.reading.pixels import (
     TIFF_SIGNATURES,
     StoredImage,
     full_pages,
+    orientation_of,
     read_pixels,
+    turned,
 )
 from protoseg.data.reading.value_range import Range, to_bytes
 from protoseg.runtime.errors import UserError
@@ -66,27 +68,24 @@ def read_image(
 
 
 def read_label_ids(path: Path) -> NDArray[np.integer]:
-    """Label file as (H, W) raw ids, uint8 or wider. A palette file gives its indices.
+    """Label file as (H, W) raw ids, uint8 or wider, turned as its EXIF tag says, if it has one.
 
+    A palette file gives its indices.
     Raises UserError for an unreadable file and for one that holds colours instead of ids.
     """
     with _one_line(path, "label"):
-        header = path.open("rb").read(26)
-        if header[:8] == PNG_SIGNATURE and len(header) == 26:
-            depth, colour = struct.unpack("BB", header[24:26])
+        content = path.read_bytes()
+        if content[:8] == PNG_SIGNATURE and len(content) >= 26:
+            depth, colour = struct.unpack("BB", content[24:26])
             if colour in _PNG_COLOUR:
                 raise _colour_mask(path, _PNG_COLOUR[colour])
-            if colour == 0 and depth >= 8:
-                try:
-                    return io.decode_png(io.read_file(str(path)))[0].numpy()
-                except RuntimeError:
-                    pass  # broken: Pillow says why
-            ids = _pillow_ids(path)
-            # Pillow stretches grey of 2 and 4 bits to 0-255; the ids are the stored values.
-            return ids // (255 // (2**depth - 1)) if colour == 0 and depth in (2, 4) else ids
-        if header[:3] == b"\xff\xd8\xff":
+            ids = _png_ids(path, content, plain=colour == 0 and depth >= 8)
+            if colour == 0 and depth in (2, 4):  # which Pillow stretches to 0-255; the ids are what is stored
+                ids = ids // (255 // (2**depth - 1))
+            return np.ascontiguousarray(turned(ids[None], orientation_of(content))[0])
+        if content[:3] == b"\xff\xd8\xff":
             raise ValueError("a JPEG file, whose compression changes ids: export labels as PNG")
-        if header[:4] in TIFF_SIGNATURES:
+        if content[:4] in TIFF_SIGNATURES:
             _require_one_page(path)
         return _pillow_ids(path)
 
@@ -109,6 +108,15 @@ def read_ade20k_ids(path: Path) -> NDArray[np.integer]:
     return (red // 10).astype(np.uint16) * 256 + green
 
 
+def _png_ids(path: Path, content: bytes, plain: bool) -> NDArray[np.integer]:
+    if plain:
+        try:
+            return io.decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8))[0].numpy()
+        except RuntimeError:
+            pass  # broken: Pillow says why
+    return _pillow_ids(path)
+
+
 def _require_one_page(path: Path) -> None:
     import tifffile
 
@@ -124,6 +132,7 @@ def _pillow_ids(path: Path) -> NDArray[np.integer]:
             raise ValueError("floating-point pixels: export ids as whole numbers of 8 or 16 bits")
         if file.mode not in ("1", "L", "P") and not file.mode.startswith("I"):
             raise _colour_mask(path, file.mode)
+        file.load()  # which turns a TIFF: an array made before has its old shape
         ids = np.array(file)
     return ids.astype(np.uint8) if ids.dtype == bool else ids
 

@@ -42,8 +42,8 @@ def read_pixels(
     if content[:4] in TIFF_SIGNATURES:
         values, orientation = _read_tiff(content, bands, page)
     else:
-        values, orientation = _read_other(content, bands, page), _orientation(content)
-    return StoredImage(np.ascontiguousarray(_turned(values, orientation) if upright else values), orientation)
+        values, orientation = _read_other(content, bands, page), orientation_of(content)
+    return StoredImage(np.ascontiguousarray(turned(values, orientation) if upright else values), orientation)
 
 
 def has_deep_pixels(path: Path) -> bool:
@@ -113,7 +113,7 @@ def _read_tiff(content: bytes, bands: Sequence[int] | None, page: int | None) ->
                 file.seek(number)
                 converted = rearrange(np.array(file.convert("RGB")), "h w c -> c h w")
             back = {6: 8, 8: 6}.get(orientation, orientation)
-            return _three(_turned(converted, back), bands), orientation
+            return _three(turned(converted, back), bands), orientation
         values = chosen.asarray()
         axes = chosen.axes.replace("S", "c").replace("Y", "h").replace("X", "w")
         if sorted(axes) not in (["c", "h", "w"], ["h", "w"]):
@@ -153,7 +153,8 @@ def _three(values: NDArray, bands: Sequence[int] | None, alpha: Sequence[int] = 
     return repeat(values[kept[0]], "h w -> 3 h w") if len(kept) == 1 else values[kept]
 
 
-def _orientation(content: bytes) -> int:
+def orientation_of(content: bytes) -> int:
+    """The EXIF tag of a file's content, 1 where it has none or a wrong one."""
     if not any(mark in content for mark in _MARKS):  # asking Pillow takes as long as decoding, for PNG
         return 1
     try:
@@ -164,7 +165,7 @@ def _orientation(content: bytes) -> int:
     return tag if tag in range(1, 9) else 1
 
 
-def _turned(image: NDArray, orientation: int) -> NDArray:
+def turned(image: NDArray, orientation: int) -> NDArray:
     """(C, H, W) as a viewer shows what was stored with this tag (EXIF 2.32, section 4.6.4.A)."""
     if orientation >= 5:
         image = image.swapaxes(1, 2)

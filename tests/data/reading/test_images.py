@@ -12,7 +12,7 @@ from tiny import CLASSES
 from protoseg.config import DataConfig
 from protoseg.data.datasets import build_dataset
 from protoseg.data.doctor.check import check_dataset
-from protoseg.data.reading.decode import read_image
+from protoseg.data.reading.decode import read_image, read_label_ids
 from protoseg.data.reading.value_range import Extremes, common_range, measure_range
 from protoseg.runtime.errors import UserError
 
@@ -76,6 +76,14 @@ def test_turned_by_hand(tmp_path):
         for ending in (".png", ".tif"):
             path = save(tmp_path / f"a{tag}{ending}", stored, tag)
             assert np.array_equal(read_image(path)[0], shown), (tag, ending)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_labels_are_turned_alike(tmp_path, ending, tag):
+    ids = RNG.integers(0, 9, (5, 8)).astype(np.uint8)
+    shown = ImageOps.exif_transpose(Image.open(save(tmp_path / "shown.png", ids, tag)))
+    assert np.array_equal(read_label_ids(save(tmp_path / f"a{ending}", ids, tag)), np.asarray(shown))
 
 
 def test_a_label_that_fits_the_stored_image_alone_says_which_setting(tmp_path):
