@@ -68,8 +68,8 @@ def place_prototypes_(
 ) -> None:
     """Set the `whiten` head's buffers and the prototypes from these images, seen whole.
 
-    Each class's pixels are clustered by the nearest prototype, from a balanced start. Classes that the images
-    do not show keep no prototypes.
+    Each class's pixels are clustered by the nearest prototype, from a balanced start; the prior is that of
+    all labelled pixels. Classes that the images do not show keep no prototypes.
     """
     head, classifier = model.decode_head, model.prototypes
     assert classifier is not None
@@ -104,5 +104,6 @@ def place_prototypes_(
         protos_CKD = momentum_update(protos_CKD, means_CKD, counts_CK, 0.0)
     classifier.prototypes.copy_(protos_CKD)
     classifier.initialized.copy_(placed_CK.any(1))
+    classifier.pixel_counts.copy_(moments.counts_C)
     classifier.usage.copy_(counts_CK)
     classifier.nearest_usage.copy_(counts_CK)

@@ -96,6 +96,8 @@ def test_what_varies_within_classes_does_not_count(monkeypatch: pytest.MonkeyPat
     data, model = Pixels(), planted(monkeypatch)
     place_prototypes_(model, data, range(3), 0.01, 0, torch.device("cpu"))
     assert model.classifier.initialized.tolist() == [True, True, False]
+    counts = torch.bincount(data.labels[:3].flatten(), minlength=256)[:3]
+    assert torch.equal(model.classifier.pixel_counts, counts.float())
     torch.testing.assert_close(model.classifier.prototypes.norm(dim=2)[:2], torch.ones(2, 2))
     image, label = data.read(3)
     with torch.no_grad():
