@@ -20,6 +20,7 @@ from protoseg.data.reading.pixels import (
     full_pages,
     orientation_of,
     read_pixels,
+    tiff_orientation,
     turned,
 )
 from protoseg.data.reading.value_range import Range, to_bytes
@@ -86,7 +87,7 @@ def read_label_ids(path: Path) -> NDArray[np.integer]:
         if content[:3] == b"\xff\xd8\xff":
             raise ValueError("a JPEG file, whose compression changes ids: export labels as PNG")
         if content[:4] in TIFF_SIGNATURES:
-            _require_one_page(path)
+            return _tiff_ids(path)
         return _pillow_ids(path)
 
 
@@ -117,22 +118,29 @@ def _png_ids(path: Path, content: bytes, plain: bool) -> NDArray[np.integer]:
     return _pillow_ids(path)
 
 
-def _require_one_page(path: Path) -> None:
+def _tiff_ids(path: Path) -> NDArray[np.integer]:
+    """Not by Pillow, which scrambles some TIFF files that are to be turned."""
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
-        count = len(full_pages(tiff))
-    if count > 1:
-        raise ValueError(f"it holds {count} pages, wants one: split it")
+        page, *more = full_pages(tiff)
+        if more:
+            raise ValueError(f"it holds {len(more) + 1} pages, wants one: split it")
+        if page.samplesperpixel > 1 or page.photometric not in (0, 1, 3):
+            raise _colour_mask(path, f"{page.samplesperpixel} bands")
+        ids = page.asarray()
+        if ids.dtype.kind == "f":
+            raise ValueError("floating-point pixels: export ids as whole numbers of 8 or 16 bits")
+        ids = ids.astype(np.uint8) if ids.dtype == bool else ids
+        if page.photometric == 0:  # white is 0
+            ids = 2**page.bitspersample - 1 - ids
+        return np.ascontiguousarray(turned(ids[None], tiff_orientation(page))[0])
 
 
 def _pillow_ids(path: Path) -> NDArray[np.integer]:
     with Image.open(path) as file:
-        if file.mode == "F":
-            raise ValueError("floating-point pixels: export ids as whole numbers of 8 or 16 bits")
         if file.mode not in ("1", "L", "P") and not file.mode.startswith("I"):
             raise _colour_mask(path, file.mode)
-        file.load()  # which turns a TIFF: an array made before has its old shape
         ids = np.array(file)
     return ids.astype(np.uint8) if ids.dtype == bool else ids
 

@@ -70,6 +70,12 @@ def full_pages(tiff: "tifffile.TiffFile") -> list:  # type: ignore[name-defined]
     return [page for page in tiff.pages if not page.is_reduced and not page.is_mask]
 
 
+def tiff_orientation(page: "tifffile.TiffPage") -> int:  # type: ignore[name-defined]  # noqa: F821
+    """The tag of a page, 1 where it has none or a wrong one."""
+    tag = page.tags.get(_ORIENTATION)
+    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
+
+
 def require_page(count: int, page: int | None) -> int:
     """The index of the page to read. Raises ValueError if none is named and there are several."""
     if page is None and count > 1:
@@ -106,9 +112,8 @@ def _read_tiff(content: bytes, bands: Sequence[int] | None, page: int | None) ->
         pages = full_pages(tiff) or list(tiff.pages)
         number = require_page(len(pages), page)
         chosen = pages[number]
-        tag = chosen.tags.get(_ORIENTATION)
-        orientation = int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
-        if chosen.photometric not in (0, 1, 2, 3):  # CMYK, YCbCr and others: Pillow converts, and turns
+        orientation = tiff_orientation(chosen)
+        if chosen.photometric not in (0, 1, 2, 3, 5):  # YCbCr and others: Pillow converts, and turns
             with Image.open(BytesIO(content)) as file:
                 file.seek(number)
                 converted = rearrange(np.array(file.convert("RGB")), "h w c -> c h w")
@@ -123,6 +128,9 @@ def _read_tiff(content: bytes, bands: Sequence[int] | None, page: int | None) ->
         if chosen.photometric == 3:
             colours = np.asarray(chosen.colormap)
             values = (colours[:, values[0]] >> (8 if colours.max() > 255 else 0)).astype(np.uint8)
+        elif chosen.photometric == 5 and values.dtype == np.uint8 and len(values) == 4:  # inks on white
+            *inks, black = 255 - values.astype(np.uint16)
+            values = np.stack([(ink * black + 127) // 255 for ink in inks]).astype(np.uint8)
         elif bits < 8:
             values = values.astype(np.uint8) * np.uint8(255 // (2**bits - 1))
         if chosen.photometric == 0:

@@ -82,8 +82,9 @@ def test_turned_by_hand(tmp_path):
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_labels_are_turned_alike(tmp_path, ending, tag):
     ids = RNG.integers(0, 9, (5, 8)).astype(np.uint8)
-    shown = ImageOps.exif_transpose(Image.open(save(tmp_path / "shown.png", ids, tag)))
-    assert np.array_equal(read_label_ids(save(tmp_path / f"a{ending}", ids, tag)), np.asarray(shown))
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(save(tmp_path / "shown.png", ids, tag))))
+    assert np.array_equal(read_label_ids(save(tmp_path / f"a{ending}", ids, tag)), shown)
+    assert np.array_equal(read_image(tmp_path / f"a{ending}")[0], shown)
 
 
 def test_a_label_that_fits_the_stored_image_alone_says_which_setting(tmp_path):
@@ -338,5 +339,8 @@ def test_palette_inverted_grey_and_few_bits(tmp_path):
     assert np.array_equal(read_image(tmp_path / "white.tif")[0], 255 - grey)
     tifffile.imwrite(tmp_path / "bits.tif", grey > 99, photometric="minisblack")
     assert np.array_equal(read_image(tmp_path / "bits.tif")[0], np.where(grey > 99, 255, 0))
-    Image.fromarray(BLOCKS).convert("CMYK").save(tmp_path / "ink.tif")
-    assert np.abs(hwc(tmp_path / "ink.tif").astype(int) - BLOCKS).max() <= 8
+    exif = Image.Exif()
+    for tag, expected in ((1, BLOCKS), (6, BLOCKS[::-1].transpose(1, 0, 2))):
+        exif[0x0112] = tag
+        Image.fromarray(BLOCKS).convert("CMYK").save(tmp_path / "ink.tif", exif=exif)
+        assert np.abs(hwc(tmp_path / "ink.tif").astype(int) - expected).max() <= 8
