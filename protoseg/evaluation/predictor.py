@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protoseg.config import Config
 from protoseg.data.classes.palette import overlay
-from protoseg.data.reading.decode import read_image
+from protoseg.data.datasets import image_reader
 from protoseg.evaluation.inference import (
     WHOLE,
     InferenceSettings,
@@ -147,8 +147,8 @@ class Predictor(ModelHubMixin):
         in the `predict` command. Errors: UserError for a file that cannot be read or what is no image.
         """
         if isinstance(image, list):
-            return self._predict_all([_as_tensor(each) for each in image], protocol)
-        return self._predict_all([_as_tensor(image)], protocol)[0]
+            return self._predict_all([self._as_tensor(each) for each in image], protocol)
+        return self._predict_all([self._as_tensor(image)], protocol)[0]
 
     def explain(self, image: ImageLike, y: int, x: int) -> Explanation:
         """The prototype that decided the pixel in row y and column x, and training patches near to it.
@@ -158,7 +158,7 @@ class Predictor(ModelHubMixin):
         head = self.model.prototypes
         if head is None:
             raise UserError("explain: this model has a linear classifier and no prototypes to show")
-        seen = _as_tensor(image)
+        seen = self._as_tensor(image)
         height, width = seen.shape[-2:]
         if not (0 <= y < height and 0 <= x < width):
             raise UserError(f"explain: pixel ({y}, {x}) is outside the image, {height} × {width}")
@@ -208,6 +208,31 @@ class Predictor(ModelHubMixin):
                     found |= zip(part, segment_together(self.model, together, confidence=True, **wanted))
         return [self._segmentation(image, found[i]) for i, image in enumerate(images)]
 
+    def _as_tensor(self, image: ImageLike) -> Tensor:
+        """(3, H, W) uint8 RGB; files are read as in training."""
+        if isinstance(image, str | Path):
+            return image_reader(self.settings.data)(Path(image))
+        if isinstance(image, Image.Image):
+            image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        if isinstance(image, np.ndarray):
+            array = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
+            if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+                raise UserError(
+                    f"predict: an array must be (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype};"
+                    " values between 0 and 1 are to be multiplied by 255 first"
+                )
+            return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+        if isinstance(image, Tensor):
+            if image.ndim != 3 or len(image) != 3 or image.dtype != torch.uint8:
+                raise UserError(
+                    f"predict: a tensor must be (3, H, W) uint8, got {tuple(image.shape)} {image.dtype};"
+                    " values between 0 and 1 are to be multiplied by 255 first; several images are a list"
+                )
+            return image
+        raise UserError(
+            f"predict: expected a path, a PIL image, an array or a tensor, got {type(image).__name__}"
+        )
+
     def _segmentation(self, image: Tensor, prediction: Prediction) -> Segmentation:
         labels, confidence, prototypes, distance = (
             None if each is None else each.cpu().numpy() for each in prediction
@@ -225,29 +250,3 @@ class Predictor(ModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **_: Any) -> "Predictor":
         return load(model_id)
-
-
-def _as_tensor(image: ImageLike) -> Tensor:
-    """(3, H, W) uint8 RGB."""
-    if isinstance(image, str | Path):
-        return read_image(Path(image), upright=True)
-    if isinstance(image, Image.Image):
-        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    if isinstance(image, np.ndarray):
-        array = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
-        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-            raise UserError(
-                f"predict: an array must be (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype};"
-                " values between 0 and 1 are to be multiplied by 255 first"
-            )
-        return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or len(image) != 3 or image.dtype != torch.uint8:
-            raise UserError(
-                f"predict: a tensor must be (3, H, W) uint8, got {tuple(image.shape)} {image.dtype};"
-                " values between 0 and 1 are to be multiplied by 255 first; several images are a list"
-            )
-        return image
-    raise UserError(
-        f"predict: expected a path, a PIL image, an array or a tensor, got {type(image).__name__}"
-    )

@@ -38,13 +38,16 @@ class SegmentationGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         size = images.shape[-2:]
         embedding = self.model.embed(images)
-        cells = self.model.classifier(embedding).float()
-        logits = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
+        head = self.model.prototypes
+        if head is None:
+            cells, apart = self.model.classifier(embedding), None
+        else:
+            cells, apart = head(embedding, return_distance=True)
+        logits = F.interpolate(cells.float(), size=size, mode="bilinear", align_corners=False)
         labels = logits.argmax(1)
         made = {"logits": logits, "labels": labels}
         if "confidence" in self.names:
             made["confidence"] = logits.softmax(1).amax(1)
-        head = self.model.prototypes
         if head is not None and "prototypes" in self.names:
             emb_ND = head.unit_rows(embedding)
             protos_CKD = head.prototypes.to(emb_ND.dtype)
@@ -57,23 +60,17 @@ class SegmentationGraph(nn.Module):
             )
             at_pixels = nearest_BChw[:, :, rows[:, None], columns]
             made["prototypes"] = at_pixels.gather(1, labels[:, None])[:, 0]
-        if head is not None and "distance" in self.names:
-            cosine = (cells.amax(1, keepdim=True) / head.logit_scale).clamp(min=-1)
-            made["distance"] = (
-                1 - F.interpolate(cosine, size=size, mode="bilinear", align_corners=False)[:, 0]
-            )
+        if apart is not None and "distance" in self.names:
+            spread = F.interpolate(apart[:, None], size=size, mode="bilinear", align_corners=False)
+            made["distance"] = spread[:, 0]
         return tuple(made[name] for name in self.names)
 
 
 def graph_of(model: Segmenter, output: str) -> SegmentationGraph:
     """The graph with what `output` ("labels", "logits" or "all") names, as far as the model has it."""
-    head = model.prototypes
-    names = [
-        name
-        for name in OUTPUTS[output]
-        if not (name == "prototypes" and head is None)
-        and not (name == "distance" and (head is None or head.score_norm != "scale"))
-    ]
+    names = OUTPUTS[output]
+    if model.prototypes is None:
+        names = tuple(name for name in names if name not in ("prototypes", "distance"))
     return SegmentationGraph(model.eval(), names).eval()
 
 
