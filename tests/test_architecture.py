@@ -17,7 +17,7 @@ HOUSE = {
         "editing update contrast_sampling",
         "prototypes contrast",
     ],
-    "runtime": ["errors signals", "distributed files memory console shipped strict_yaml"],
+    "runtime": ["errors signals", "distributed files memory console shipped strict_yaml config_keys"],
     "config": [],
     "data": [
         "reading.pixels reading.label_ids reading.text_lists classes.ade20k_full classes.palette transforms",
