@@ -116,7 +116,7 @@ class RunLog:
             picture = rearrange(image.numpy(), "c h w -> h w c")
             maps = (label.numpy(), prediction.numpy())
             figure = sample_figure(picture, *maps, self.classes, self.palette, ignore_index)
-            path = f"samples/{safe_name(f'{name}_{step:06d}')}"
+            path = f"samples/{safe_name(name.replace('/', '_'))}_{step:06d}"
             save_figure(figure, self.folder / f"{path}.png")  # no pyplot: the backend stays the user's
             self._show(path, (self.folder / f"{path}.png").read_bytes(), step)
 

@@ -83,7 +83,7 @@ def test_nothing_that_only_shows_a_training_ends_it(
     assert capsys.readouterr().out == ""
     names = [path.name for path in (tmp_path / "samples").iterdir()]
     assert len(names) == 4
-    assert all(len(name.encode()) <= 240 and name.endswith(".png") for name in names)
+    assert all(len(name.encode()) <= 255 and name.endswith("_000060.png") for name in names)
     about = (tmp_path / "tensorboard/prototypes/metadata.tsv").read_text().splitlines()
     assert about[3] == "tab and line\t1\t0.500"
     log.folder = log.metrics = tmp_path / "metrics.jsonl/not a folder"

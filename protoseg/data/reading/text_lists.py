@@ -75,7 +75,9 @@ def read_excluded(exclude: Path | None, root: Path) -> frozenset[Path]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        direct = next((root / each for each in spellings(line) if _is_inside(root, each)), None)
+        # Last the bytes themselves: a name that is not UTF-8, as zips bring them.
+        meant = (*spellings(line), os.fsdecode(line.encode("cp1252", errors="ignore")))
+        direct = next((root / each for each in meant if _is_inside(root, each)), None)
         if direct is not None:
             found.add(direct)
             continue

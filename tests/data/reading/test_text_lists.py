@@ -1,6 +1,7 @@
 """Lists, names and folders as people, editors and file systems write them."""
 
 import codecs
+import os
 from pathlib import Path
 from unicodedata import normalize
 
@@ -12,8 +13,9 @@ from protoseg.commands.prediction_files import find_sources
 from protoseg.config import DataConfig
 from protoseg.data.datasets import build_dataset
 from protoseg.data.doctor.check import check_dataset
-from protoseg.data.reading.text_lists import is_hidden, read_lines
+from protoseg.data.reading.text_lists import is_hidden, read_excluded, read_lines
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import write_text
 
 CLASSES = ["sky", "road", "tree"]
 RNG = np.random.default_rng(0)
@@ -160,3 +162,10 @@ def test_two_forms_of_one_name_are_two_files_of_one_stem(tmp_path):
     pair(tmp_path, "train/é", "NFD", "NFC")
     with pytest.raises(UserError, match="has the same stem"):
         names(tmp_path)
+
+
+def test_a_name_that_is_not_utf8_goes_through_the_list_of_bad_files(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"stra\xdfe.png")
+    file.touch()
+    write_text(tmp_path / "bad.txt", f"# bad\n{file.name}\n")
+    assert read_excluded(tmp_path / "bad.txt", tmp_path) == {file}
