@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from protoseg.config import config_from, differing_keys, load_config, merge, merge_into_trained, to_plain
+from protoseg.config import config_from, load_config, merge_into_trained, to_plain
+from protoseg.runtime.config_keys import differing_keys, merge
 from protoseg.runtime.errors import UserError
 
 
