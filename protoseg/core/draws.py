@@ -33,7 +33,9 @@ def draw_state(seed: int, step: int | Tensor, salt: int, device: torch.device) -
     """Hash state, a 0-d int64 tensor, of one kind of draw (`salt`) in one step."""
     state = torch.full((), seed & ((1 << 62) - 1), dtype=torch.int64, device=device)
     state = fold(state, torch.full((), salt, dtype=torch.int64, device=device))
-    return fold(state, torch.as_tensor(step, dtype=torch.int64, device=device))
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=device)
+    return fold(state, step)
 
 
 def to_key(state: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def measure(
         start="random",
         logit_scale=10,
         momentum=0.99,  # as the other has them
-        score_dtype=None if dtype == torch.float32 else dtype,
+        score_dtype="float32" if dtype == torch.float32 else "bfloat16",
     ).to(device)
     plain = StraightforwardHead(head.prototypes).to(device)
     pixels = features.detach().permute(0, 2, 3, 1).reshape(-1, d)
