@@ -134,6 +134,7 @@ class TrainConfig(Section):
     compile: bool = False
     channels_last: bool = False
     log_interval: Positive = 50
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]  # beside metrics.jsonl
 
 
 class EvalConfig(Section):

@@ -46,7 +46,7 @@ HOUSE = {
     ],
     "evaluation": ["inference nearest_patches", "scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
-    "training": ["objective feature_cache placement", "optimizer log", "step", "resume", "loop"],
+    "training": ["objective feature_cache placement track", "optimizer log", "step", "resume", "loop"],
     "commands": [
         "arguments video sweep_rows sweep_tables",
         "prediction_files",

@@ -18,7 +18,6 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.figures.pictures import Palette, png_of, save_figure
@@ -27,6 +26,7 @@ from protoseg.figures.sample_figures import sample_figure
 from protoseg.figures.training_figures import curves_figure, mean_of_known
 from protoseg.runtime.console import clock
 from protoseg.runtime.files import safe_name, write_text
+from protoseg.training.track import TRACKERS, TensorBoard, Tracker
 
 
 class Meter:
@@ -76,14 +76,22 @@ class RunLog:
     Nothing that only shows a training may end it: what cannot be drawn or written is noted, once per kind.
     """
 
-    def __init__(self, folder: Path, first_step: int, classes: Sequence[str], palette: Palette) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        classes: Sequence[str],
+        palette: Palette,
+        track: Sequence[str] = ("tensorboard",),
+    ) -> None:
         self.folder, self.classes, self.palette = folder, classes, palette
         self.metrics = folder / "metrics.jsonl"
         self.noted: set[str] = set()
         # A killed run may have logged steps that its checkpoint does not hold: they will be made again.
         kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.trackers: dict[str, Tracker] = {name: TRACKERS[name](folder, first_step) for name in track}
+        self.board = self.trackers.get("tensorboard")
 
     @contextlib.contextmanager
     def optional(self, what: str) -> Iterator[None]:
@@ -97,16 +105,15 @@ class RunLog:
             self.noted.add(what)
 
     def line(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its numbers to TensorBoard."""
+        """One line of metrics.jsonl, and its numbers to the trackers."""
         with self.optional("line of metrics.jsonl"), open(self.metrics, "a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        with self.optional("numbers for TensorBoard"):
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
-                elif name == "prototype_health":
-                    for key, per_class in value.items():
-                        self.board.add_scalar(f"prototypes/{key}", mean_of_known(per_class), step)
+        numbers = {f"{kind}/{name}": each for name, each in values.items() if isinstance(each, int | float)}
+        health = values.get("prototype_health", {})
+        numbers |= {f"prototypes/{key}": mean_of_known(per_class) for key, per_class in health.items()}
+        for name, tracker in self.trackers.items():
+            with self.optional(f"numbers for {name}"):
+                tracker.numbers(numbers, step)
 
     def sample(
         self, name: str, image: Tensor, label: Tensor, prediction: Tensor, ignore_index: int, step: int
@@ -122,8 +129,9 @@ class RunLog:
 
     def prototypes(self, head: PrototypeHead, step: int) -> None:
         """TensorBoard: pictures of the prototypes of the most frequent classes, all in the projector."""
-        with self.optional("picture of the prototypes"):
-            self._prototypes(head, step)
+        if self.board is not None:
+            with self.optional("picture of the prototypes"):
+                self._prototypes(head, step)
 
     def _prototypes(self, head: PrototypeHead, step: int) -> None:
         protos_CKD = head.prototypes.float().cpu().numpy()
@@ -151,7 +159,8 @@ class RunLog:
 
     def _show(self, tag: str, png: bytes, step: int) -> None:
         picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self.board.add_image(tag, picture, step, dataformats="HWC")
+        if isinstance(self.board, TensorBoard):
+            self.board.writer.add_image(tag, picture, step, dataformats="HWC")
 
     def curves(self) -> None:
         """curves.png from everything logged so far."""
@@ -159,8 +168,9 @@ class RunLog:
             save_figure(curves_figure(read_metrics(self.folder)), self.folder / "curves.png")
 
     def close(self) -> None:
-        with self.optional("end of TensorBoard's file"):
-            self.board.close()
+        for name, tracker in self.trackers.items():
+            with self.optional(f"end of what {name} gets"):
+                tracker.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

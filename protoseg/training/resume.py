@@ -14,7 +14,15 @@ from protoseg.runtime.errors import UserError
 from protoseg.training.step import Run, unseen_classes
 
 # Keys that may differ between a run and its continuation: they do not change what is learned.
-OPERATIONAL = ("data.root", "data.workers", "data.cache_", "eval.", "checkpoint.", "train.log_interval")
+OPERATIONAL = (
+    "data.root",
+    "data.workers",
+    "data.cache_",
+    "eval.",
+    "checkpoint.",
+    "train.log_interval",
+    "train.track",
+)
 
 
 def weights(run: Run) -> dict[str, Any]:

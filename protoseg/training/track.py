@@ -1,0 +1,84 @@
+"""Where a run's numbers go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow."""
+
+import hashlib
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import write_text
+
+
+class Tracker(Protocol):
+    """Takes the numbers of one run; a resumed run goes on in the same place."""
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        """Log them."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Into the run folder; `writer` takes pictures too."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """With its own client and its settings; the id comes from the run folder."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        name = hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16]
+        wandb = client("wandb")
+        self.run = wandb.init(project="protoseg", name=folder.name, id=name, resume="allow", dir=str(folder))
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Mlflow:
+    """With its own client, wherever that is told to write; the run's id is kept in mlflow_run.txt."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.client = client("mlflow").MlflowClient()
+        kept = folder / "mlflow_run.txt"
+        if first_step and kept.is_file():
+            self.run = kept.read_text().strip()
+            self.client.update_run(self.run, status="RUNNING")
+            return
+        found = self.client.get_experiment_by_name("protoseg")
+        experiment = found.experiment_id if found else self.client.create_experiment("protoseg")
+        self.run = self.client.create_run(experiment, run_name=folder.name).info.run_id
+        write_text(kept, self.run + "\n")
+
+    def numbers(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.client.log_metric(self.run, name, value, step=step)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
+
+
+TRACKERS: dict[str, type[Any]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": Mlflow}
+
+
+def client(name: str) -> Any:
+    """Another program's client. Errors: UserError with the line that installs it."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(f"train.track: {name} is not installed; run: pip install {name}") from None
