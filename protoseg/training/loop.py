@@ -12,12 +12,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from protoseg.config import Config, config_from, to_plain
+from protoseg.config import Config, stored_config, to_plain
+from protoseg.core.losses import downsample_labels
 from protoseg.data.datasets import measured, open_dataset
 from protoseg.data.file_dataset import Dataset
 from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
-from protoseg.evaluation.inference import InferenceSettings, Prediction, most_likely, segment
+from protoseg.evaluation.inference import WHOLE_PIXELS, InferenceSettings, Prediction, most_likely, segment
+from protoseg.evaluation.prototype_use import prototype_use
 from protoseg.evaluation.scores import Scores, evaluate
 from protoseg.evaluation.tables import print_scores
 from protoseg.models.checkpoint import load_checkpoint, save_checkpoint
@@ -49,7 +51,7 @@ def train(config: Config, out: Path, resume: str | None = None, extend: bool = F
         config = measured(config)
     else:
         if config.data.value_range == "auto":  # measured once, when training began
-            stored = config_from(content["config"], str(checkpoint)).data.value_range
+            stored = stored_config(content["config"], str(checkpoint)).data.value_range
             data = config.data.model_copy(update={"value_range": stored})
             config = config.model_copy(update={"data": data})
         require_same_config(content["config"], config, checkpoint, extend)
@@ -187,7 +189,8 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
         **environment(run.device),
     }
     if run.model.prototypes is not None:
-        results["prototype_health"] = run.model.prototypes.health().to_plain()
+        use = prototype_use(run.model.prototypes, validation_embeddings(run, val_loader))
+        results["prototype_health"] = run.model.prototypes.health().to_plain() | use
     if run.contrast is not None:
         results["contrast_empty_steps"] = run.empty_steps
     if log:
@@ -198,6 +201,21 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
             f"trained in {clock(run.seconds)}; scores in {out / 'results.json'}, curves and samples beside it"
         )
     return results
+
+
+def validation_embeddings(run: Run, val_loader: EvalLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Embedding maps of whole images with labels of their size; too large images are left out."""
+    run.model.eval()
+    for image, label, _, _ in val_loader:
+        if run.val_features is None and image.shape[-2] * image.shape[-1] > WHOLE_PIXELS:
+            continue
+        with torch.inference_mode(), autocast(run.config, run.device):
+            if run.val_features is None:
+                embedding = run.model.embed(image[None].to(run.device))
+            else:
+                embedding = run.model.embed(run.val_features.maps(image, run.device))
+        yield embedding, downsample_labels(label[None].to(run.device), embedding.shape[-2:])
+    run.model.train()
 
 
 def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Scores:

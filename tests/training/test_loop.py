@@ -232,6 +232,8 @@ def test_run_folder_holds_what_design_lists(trained: Path) -> None:
     assert 0 <= results["mIoU"] <= 1
     assert len(results["prototype_health"]["mean_intra_cosine"]) == 3
     assert len(results["prototype_health"]["effective_k"]) == 3
+    assert all(1 <= x <= 2.001 for x in results["prototype_health"]["in_use"] if x is not None)
+    assert all(-1 <= x <= 1 for x in results["prototype_health"]["own_cosine"] if x is not None)
     assert not list(trained.rglob("*.part"))
 
 
