@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.models.segmenter import Segmenter
+from protoseg.models.swin import Swin
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import whole_file
 
@@ -76,6 +77,9 @@ def graph_of(model: Segmenter, output: str) -> SegmentationGraph:
 
 def exported_program(graph: SegmentationGraph) -> torch.export.ExportedProgram:
     """The graph with free batch, height and width. Errors: UserError naming the layer that cannot."""
+    if isinstance(graph.model.backbone.net, Swin):
+        # torch.export's reasoning about padded windows of free size does not come to an end.
+        raise UserError("export: a Swin cannot be made a graph of free size; use --format safetensors")
     side = torch.export.Dim.DYNAMIC(min=SMALLEST)
     free = {0: torch.export.Dim.DYNAMIC(min=1), 2: side, 3: side}
     # Odd sides: nothing may depend on a side that divides.
