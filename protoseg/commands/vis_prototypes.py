@@ -165,7 +165,7 @@ def write_gallery(
         names=(first.name, other),
         second=[sample.prediction for sample in seen[1].samples] if other else (),
         figures=entries,
-        score_name="cosine",
+        score_name="cosine" if head.settings.score_norm == "scale" else "normalised score",
     )
     write_text(out / "index.html", page)
     save_patches(

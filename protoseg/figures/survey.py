@@ -66,7 +66,7 @@ class Sample:
     prediction: NDArray[np.int64]  # (H, W)
     nearest: NDArray[np.int64]  # (h, w) number of the prototype that wins the cell; −1 for a linear model
     classes: NDArray[np.int64]  # (h, w, 5) the classes with the highest logits, best first
-    scores: NDArray[np.float32]  # (h, w, 5) their cosines; of a linear model, their logits
+    scores: NDArray[np.float32]  # (h, w, 5) their cosines, or logits where these are something else
     emb_hwD: NDArray[np.float32]  # unit length
 
 
@@ -101,7 +101,8 @@ def read_samples(model: Segmenter, dataset: Dataset, indices: Sequence[int]) -> 
         scores_NC = logits_NC
         if head is not None:
             winner_N = nearest(emb_ND, head.prototypes, logits_NC.argmax(1)).winner_N
-            scores_NC = class_scores(emb_ND, head.prototypes.to(emb_ND.dtype), head.initialized)
+            if head.settings.score_norm == "scale":
+                scores_NC = class_scores(emb_ND, head.prototypes.to(emb_ND.dtype), head.initialized)
         best = logits_NC.topk(min(RUNNERS_UP, logits_NC.shape[1]), dim=1).indices
         prediction = segment(model, image.to(model.mean.device), (label.shape[0], label.shape[1])).classes
         samples.append(
