@@ -68,7 +68,7 @@ def take_prototypes(head: PrototypeHead) -> list[str]:
 
 # The model predicts the same without them.
 OPTIONAL = re.compile(
-    r"mean|std|decode_head\.auxiliary\..+|classifier\.((nearest_)?usage|idle|movement|initialized)"
+    r"mean|std|decode_head\.auxiliary\..+|classifier\.((nearest_)?usage|agreeing|pixel_counts|movement|initialized)"
 )
 
 

@@ -196,7 +196,7 @@ def test_released_protoseg_through_the_command(tmp_path: Path, capsys: pytest.Ca
     ours = official_names() | {
         key[7:]: f"backbone.net.net.{key[16:]}" for key in file if key.startswith("module.backbone.")
     }
-    counters = {f"classifier.{k}" for k in ("usage", "nearest_usage", "idle", "movement")}
+    counters = {f"classifier.{k}" for k in ("usage", "nearest_usage", "agreeing", "pixel_counts", "movement")}
     rest = set(state) - set(ours.values()) - counters
     assert rest == {"classifier.initialized", "mean", "std"}
     for theirs, name in ours.items():
@@ -218,7 +218,10 @@ def test_the_shipped_config_has_the_shapes_of_the_released_checkpoint() -> None:
         file = official_file(720, "hrnet_w48", 19, 10)
     ours = official_names()
     shapes = {ours.get(k[7:], f"backbone.net.net.{k[16:]}"): v.shape for k, v in file.items()}
-    counters = {f"classifier.{k}" for k in ("usage", "nearest_usage", "idle", "movement", "initialized")}
+    counters = {
+        f"classifier.{k}"
+        for k in ("usage", "nearest_usage", "agreeing", "pixel_counts", "movement", "initialized")
+    }
     counters |= {"mean", "std"}
     for name, tensor in model.state_dict().items():
         assert name in counters or shapes[name] == tensor.shape, name
