@@ -80,20 +80,6 @@ def test_label_map_is_replaced_not_merged() -> None:
     assert merge(base, {"data": {"label_map": {2: 0}}}) == {"data": {"label_map": {2: 0}, "crop": [1, 1]}}
 
 
-@pytest.mark.parametrize(
-    "path",
-    sorted(p for p in Path("configs").rglob("*.yaml") if "sweeps" not in p.parts),
-    ids=lambda p: p.stem,
-)
-def test_shipped_config_loads_and_is_short(path: Path) -> None:
-    load_config(path)
-    text = path.read_text()
-    assert text.startswith("# "), "the first lines say how to run it, how long it takes, what to expect"
-    assert f"python tools/train.py {path}" in text or f"python tools/fit.py {path}" in text
-    deltas = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    assert len(deltas) <= 30
-
-
 def test_a_checkpoint_is_no_config(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(bytes(range(128, 256)))

@@ -8,18 +8,16 @@ import pytest
 import torch
 import yaml
 
-from protoseg.config import config_from, load_config
+from protoseg.config import config_from, load_config, to_plain
 from protoseg.data.datasets import dataset_spec
 from protoseg.data.loader import Batch
 from protoseg.models.build import build_model
+from protoseg.runtime.config_keys import differing_keys
 from protoseg.runtime.errors import UserError
 from protoseg.training.step import build_run, train_step
 
-RUNS = sorted(
-    path
-    for path in Path("configs").rglob("*.yaml")
-    if "sweeps" not in path.parts and not path.stem.endswith("_fit")
-)
+ALL = sorted(path for path in Path("configs").rglob("*.yaml") if "sweeps" not in path.parts)
+RUNS = [path for path in ALL if not path.stem.endswith("_fit")]
 SMALL = [path for path in RUNS if path.stem.startswith(("digits", "camvid"))]
 
 
@@ -95,6 +93,41 @@ def test_small_config_takes_a_step(path: Path) -> None:
     assert all("bn" in name or (frozen and name.startswith("backbone.")) for name in still), still
     if run.model.prototypes is not None:
         assert run.model.prototypes.initialized.tolist() == [c < 4 for c in range(len(spec.classes))]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_config_is_short_and_holds_only_what_differs_from_the_defaults(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# "), "the first lines say how to run it, how long it takes, what to expect"
+    assert f"python tools/train.py {path}" in text or f"python tools/fit.py {path}" in text
+    assert sum(not line.startswith("#") for line in text.splitlines()) <= 30
+    values = yaml.safe_load(text)
+    defaults = to_plain(config_from({"preset": values.get("preset", "default")}, "defaults"))
+    differing = differing_keys(defaults, to_plain(config_from(values, str(path))))
+    given = {f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys}
+    assert given - set(differing) == set(), "the same as the default: leave it out"
+
+
+def test_half_types_reach_what_they_are_for() -> None:
+    names = {
+        "digits_resnet18_k4": ["prototypes.score_dtype=bfloat16"],
+        "digits_resnet18_linear_contrast": ["contrast.storage=float16", "contrast.cap_mb=8"],
+    }
+    image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    label = torch.arange(4).repeat_interleave(16).repeat(2, 64, 1)
+    for name, half in names.items():
+        losses = []
+        for overrides in ([], half):
+            config = load_config(name, ["data.batch_size=2", *overrides])
+            run = build_run(config, tuple("abcdefghijk"), ((0, 0, 0),) * 11, 4, torch.device("cpu"))
+            for _ in range(2):  # the second one meets prototypes and memory as the first one left them
+                loss = train_step(run, Batch(image, label, torch.arange(2)))["loss"]
+            losses.append(loss)
+        assert losses[0] != losses[1]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert run.contrast is not None
+    assert run.contrast.memory is not None
+    assert run.contrast.memory.rows_SD.dtype == torch.float16
 
 
 def test_micro_batches_must_be_whole_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
