@@ -15,7 +15,7 @@ from torch import nn
 
 from protoseg.config import Config, stored_config, to_plain
 from protoseg.models.build import build_model
-from protoseg.models.segmenter import Segmenter
+from protoseg.models.segmenter import Segmenter, for_bytes
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import whole_file
 
@@ -107,7 +107,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a protoseg checkpoint (no config, model and classes in it)")
     # Until models brought their own, all got ImageNet's.
     for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        content["model"].setdefault(name, 255 * torch.tensor(values).view(1, 3, 1, 1))
+        content["model"].setdefault(name, for_bytes(values))
     return content
 
 

@@ -3,7 +3,7 @@
 B images, C classes, K prototypes, D embedding channels; (H, W) input pixels, (h, w) embedding pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ class Segmenter(nn.Module):
         self.stride = cast(int, decode_head.stride)
         self.ignore_index = ignore_index
         for name, values in (("mean", backbone.mean), ("std", backbone.std)):
-            self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1))
+            self.register_buffer(name, for_bytes(values))
 
     @property
     def prototypes(self) -> PrototypeHead | None:
@@ -102,6 +102,11 @@ class Segmenter(nn.Module):
     def feature_size(self, labels: Tensor) -> tuple[int, int]:
         """(h, w) of the embedding map for label maps (…, H, W)."""
         return -(-labels.shape[-2] // self.stride), -(-labels.shape[-1] // self.stride)
+
+
+def for_bytes(values: Sequence[float]) -> Tensor:
+    """Mean or deviation of values 0…1, per channel, as (1, 3, 1, 1) for values 0…255; rounded once."""
+    return torch.tensor([255 * value for value in values]).view(1, 3, 1, 1)
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
