@@ -4,27 +4,26 @@ Reading, the model and writing go on at the same time: images are decoded and re
 """
 
 import argparse
+import itertools
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.commands.arguments import add_protocol, protocol_of
 from protoseg.commands.prediction_files import (
-    AHEAD,
     READERS,
+    WRITERS,
     Outputs,
     Source,
-    Writers,
     ahead,
+    attempt,
     find_sources,
     write_maps,
 )
@@ -35,13 +34,11 @@ from protoseg.data.datasets import dataset_spec, image_reader
 from protoseg.data.reading.decode import read_image
 from protoseg.data.reading.label_ids import LabelMap, export_ids
 from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
-from protoseg.figures.pictures import Palette
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
 from protoseg.runtime.console import progress
 from protoseg.runtime.errors import UserError
-from protoseg.runtime.files import DiskError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -132,13 +129,17 @@ def predict_sources(
     on_progress(images and frames done, how many there are, or None for videos) is called after each.
     Errors: UserError if the disk is full or a library for videos is missing.
     """
-    failures: dict[Source, str] = {}
+    failures: dict[Source, UserError] = {}
     images = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
     for source in videos[:1]:
         pyav(source.path)  # if it is missing, say so before any work is done
     total = None if videos else len(images)
-    done = 0
+    done = itertools.count(1)
+
+    def tick() -> None:
+        if on_progress is not None:
+            on_progress(next(done), total)
 
     def run(source: Source, image: Tensor) -> Prediction:
         with too_large_explained(source):
@@ -151,33 +152,29 @@ def predict_sources(
             )
         return Prediction(*(None if each is None else each.cpu() for each in prediction))  # type: ignore
 
-    def read(source: Source) -> Tensor | str:
-        try:
-            return read_image(Path(source.path))
-        except UserError as error:
-            return str(error)
+    def read(source: Source) -> Tensor | UserError:
+        return attempt(read_image, Path(source.path))
 
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
-
-    with ThreadPoolExecutor(READERS) as readers, Writers() as writers:
+    def predicted() -> Iterator[tuple[Source, Any, Prediction | UserError]]:
         for source, image in zip(images, ahead(readers, read, images)):
-            try:
-                if isinstance(image, str):
-                    raise UserError(image)
-                writers.submit(source, write_maps, source.name, image, run(source, image), outputs, True)
-            except DiskError:
-                raise
-            except UserError as error:
-                failures[source] = str(error)
+            yield source, image, image if isinstance(image, UserError) else attempt(run, source, image)
+
+    def write(item: tuple[Source, Any, Prediction | UserError]) -> tuple[Source, UserError | None]:
+        source, image, prediction = item
+        if isinstance(prediction, UserError):
+            return source, prediction
+        return source, attempt(write_maps, source.name, image, prediction, outputs, True)
+
+    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(WRITERS) as writers:
+        for source, error in ahead(writers, write, predicted()):
+            if error is not None:
+                failures[source] = error
             tick()
-    failures |= writers.failures
     for source in videos:
-        failures |= _predict_video(source, run, outputs, tick)
-    return [failures[source] for source in sources if source in failures]
+        error = attempt(_predict_video, source, run, outputs, tick)
+        if error is not None:
+            failures[source] = error
+    return [str(failures[source]) for source in sources if source in failures]
 
 
 @contextmanager
@@ -193,49 +190,43 @@ def too_large_explained(source: Source) -> Iterator[None]:
 
 def _predict_video(
     source: Source, run: Callable[[Source, Tensor], Prediction], outputs: Outputs, tick: Callable[[], None]
-) -> dict[Source, str]:
-    """Labels of every frame as NAME/000000.png …, overlays as the video overlays/NAME.mp4."""
-    try:
-        rate, frames = read_frames(source.path)
-    except UserError as error:
-        return {source: str(error)}
-    target = outputs.folder / "overlays" / f"{source.name}.mp4"
-    # One thread each: frames come and go in order.
+) -> UserError | None:
+    """Labels of every frame as NAME/000000.png …, overlays as the video overlays/NAME.mp4.
+
+    Returns what could not be written first. Errors: UserError for a video that cannot be read, or not to its
+    end: what came before is kept.
+    """
+    rate, frames = read_frames(source.path)
+    errors: list[UserError] = []
+
+    def predicted() -> Iterator[tuple[str, Tensor, Prediction]]:
+        for number, image in enumerate(ahead(reader, lambda _: next(frames, None), itertools.count())):
+            if image is None:
+                return
+            yield f"{source.name}/{number:06d}", image, run(source, image)
+            tick()
+
+    def write(frame: tuple[str, Tensor, Prediction]) -> tuple[Tensor, Prediction]:
+        if (error := attempt(write_maps, *frame, outputs, False)) is not None:
+            errors.append(error)
+        return frame[1:]
+
+    def encode(frame: tuple[Tensor, Prediction]) -> None:
+        image, prediction = frame
+        picture = rearrange(image.numpy(), "c h w -> h w c")
+        video.add(overlay(picture, prediction.classes.numpy(), outputs.palette))
+
+    # One thread to read and one to encode: frames come and go in order.
     with (
         ThreadPoolExecutor(1) as reader,
-        VideoWriter(target, rate) as video,
+        VideoWriter(outputs.folder / "overlays" / f"{source.name}.mp4", rate) as video,
         ThreadPoolExecutor(1) as encoder,
-        Writers() as writers,
+        ThreadPoolExecutor(WRITERS) as writers,
     ):
-        number = 0
-        encoded: deque[Future[None]] = deque()
-        coming = deque(reader.submit(next, frames, None) for _ in range(AHEAD))
         try:
-            while (image := coming.popleft().result()) is not None:
-                coming.append(reader.submit(next, frames, None))
-                prediction = run(source, image)
-                writers.submit(
-                    source, write_maps, f"{source.name}/{number:06d}", image, prediction, outputs, False
-                )
-                picture = rearrange(image.numpy(), "c h w -> h w c")
-                encoded.append(
-                    encoder.submit(_encode, video, picture, prediction.classes.numpy(), outputs.palette)
-                )
-                if len(encoded) > AHEAD:
-                    encoded.popleft().result()
-                number += 1
-                tick()
-            while encoded:
-                encoded.popleft().result()
-        except DiskError:
-            raise
-        except UserError as error:  # damaged in the middle: what came before is kept
-            return {source: str(error)}
+            for _ in ahead(encoder, encode, ahead(writers, write, predicted())):
+                pass
         except KeyboardInterrupt:  # the only end that a webcam has
             if not source.path.isdecimal():
                 raise
-    return writers.failures
-
-
-def _encode(video: VideoWriter, picture: NDArray[np.uint8], classes: NDArray, palette: Palette) -> None:
-    video.add(overlay(picture, classes, palette))
+    return errors[0] if errors else None

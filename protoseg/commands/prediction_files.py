@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from einops import rearrange
@@ -99,46 +99,31 @@ def _is_known(path: Path, given: str) -> bool:
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """work(item) of each item in order, some of them being made while the caller is busy."""
-    pending: deque[Future[T]] = deque()
-    for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) > AHEAD:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    """work(item) of each item in order, some of them being made while the caller is busy.
 
-
-class Writers:
-    """Threads that write results; waits when too many are on the way.
-
-    What cannot be written is kept in `failures`, one message for each source; a full disk is raised.
+    Where the items end with a UserError or Ctrl-C, what came before is given first, then that is raised.
     """
-
-    def __enter__(self) -> "Writers":
-        self.pool = ThreadPoolExecutor(WRITERS)
-        self.pending: deque[tuple[Source, Future[None]]] = deque()
-        self.failures: dict[Source, str] = {}
-        return self
-
-    def submit(self, source: Source, work: Callable[..., None], *arguments: object) -> None:
-        self.pending.append((source, self.pool.submit(work, *arguments)))
-        if len(self.pending) > AHEAD:
-            self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        source, future = self.pending.popleft()
+    pending: deque[Future[T]] = deque()
+    items, end = iter(items), None
+    while end is None:
         try:
-            future.result()
-        except DiskError:
-            raise
-        except UserError as error:
-            self.failures.setdefault(source, str(error))
+            pending.append(pool.submit(work, next(items)))
+        except (StopIteration, UserError, KeyboardInterrupt) as error:
+            end = error
+        while len(pending) > (AHEAD if end is None else 0):
+            yield pending.popleft().result()
+    if not isinstance(end, StopIteration):
+        raise end
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.pool.shutdown()
-        while kind is None and self.pending:
-            self._finish_oldest()
+
+def attempt(work: Callable[..., T], *arguments: Any) -> T | UserError:
+    """work(*arguments), or what went wrong with it; a full disk is raised: nothing else will fare better."""
+    try:
+        return work(*arguments)
+    except DiskError:
+        raise
+    except UserError as error:
+        return error
 
 
 def write_maps(
@@ -162,9 +147,9 @@ def write_maps(
     if prediction.prototypes is not None:
         index = prediction.prototypes.numpy()
         pictures[f"prototypes/{name}.png"] = id_image(index, default_palette(int(index.max()) + 1))
-    errors = [error for path, picture in pictures.items() if (error := _save(picture, outputs.folder / path))]
-    if errors:
-        raise errors[0]
+    saved = [attempt(_save, picture, outputs.folder / path) for path, picture in pictures.items()]
+    for error in filter(None, saved):
+        raise error
 
 
 def id_image(ids: NDArray[np.integer], palette: Palette | None) -> Image.Image:
@@ -177,13 +162,6 @@ def id_image(ids: NDArray[np.integer], palette: Palette | None) -> Image.Image:
     return picture
 
 
-def _save(picture: Image.Image, path: Path) -> UserError | None:
-    """Write a PNG or JPEG; returns what went wrong with this file."""
-    try:
-        with whole_file(path) as part:
-            picture.save(part, format="PNG" if path.suffix == ".png" else "JPEG", quality=92)
-    except DiskError:
-        raise
-    except UserError as error:
-        return error
-    return None
+def _save(picture: Image.Image, path: Path) -> None:
+    with whole_file(path) as part:
+        picture.save(part, format="PNG" if path.suffix == ".png" else "JPEG", quality=92)

@@ -5,7 +5,9 @@ import re
 import struct
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from tiny import CLASSES, PALETTE, SIZES, tiny_config, write_checkpoint, write_f
 
 from protoseg.commands import predict as predicting
 from protoseg.commands.cli import execute as command
-from protoseg.commands.prediction_files import AHEAD, Source, Writers, ahead, find_sources, id_image
+from protoseg.commands.prediction_files import AHEAD, ahead, attempt, find_sources, id_image
 from protoseg.commands.video import read_frames
 from protoseg.data.reading.decode import read_image
 from protoseg.evaluation.inference import segment
@@ -225,27 +227,24 @@ def test_reading_goes_ahead_of_the_model() -> None:
         assert list(results) == [item * item for item in range(1, 100)]
 
 
-def test_writing_goes_on_beside_the_model_and_its_errors_come_back() -> None:
-    gate, done, source = threading.Event(), [], Source("a.png", "a")
+def test_what_came_before_an_error_is_given_and_a_full_disk_ends_all() -> None:
+    def items(end: BaseException) -> Iterator[int]:
+        yield from range(2)
+        raise end
 
-    def slow() -> None:
-        assert gate.wait(10)
-        done.append(1)
+    with ThreadPoolExecutor(1) as pool:
+        for end in (UserError("damaged"), KeyboardInterrupt()):
+            results = ahead(pool, str, items(end))
+            assert [next(results), next(results)] == ["0", "1"]
+            with pytest.raises(type(end)):
+                next(results)
 
     def fails(error: UserError) -> None:
         raise error
 
-    with Writers() as writers:
-        for _ in range(AHEAD):
-            writers.submit(source, slow)
-        assert not done, "submit waited for the file"
-        gate.set()
-        for name in ("first", "second"):
-            writers.submit(source, fails, UserError(name))
-    assert len(done) == AHEAD
-    assert writers.failures == {source: "first"}
-    with pytest.raises(DiskError, match="full"), Writers() as writers:
-        writers.submit(source, fails, DiskError("full"))
+    assert str(attempt(fails, UserError("first"))) == "first"
+    with pytest.raises(DiskError, match="full"):
+        attempt(fails, DiskError("full"))
 
 
 def test_more_classes_than_a_palette_holds() -> None:
@@ -305,15 +304,32 @@ def test_a_video_from_a_telephone_is_turned(tmp_path: Path) -> None:
     assert frame[:, :, :22].float().mean() < 15
 
 
-def test_a_broken_video_is_named(
-    model: tuple[Path, Segmenter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_broken_video_is_named_and_the_part_before_is_kept(
+    model: tuple[Path, Segmenter],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("av")
+    av = pytest.importorskip("av")
     (tmp_path / "drive.mp4").write_bytes(b"no video" * 100)
     root, _ = model
     arguments = [str(root / "last.pt"), str(tmp_path / "drive.mp4"), "--out", str(tmp_path / "out")]
     assert command("predict", arguments) == 2
     assert "drive.mp4: cannot open this video" in capsys.readouterr().err
+
+    def damaged(path: str) -> tuple[Fraction, Iterator[torch.Tensor]]:
+        def frames() -> Iterator[torch.Tensor]:
+            yield from torch.zeros(7, 3, 48, 64, dtype=torch.uint8)
+            raise UserError(f"{path}: damaged video; its first part was used")
+
+        return Fraction(10), frames()
+
+    monkeypatch.setattr(predicting, "read_frames", damaged)
+    assert command("predict", arguments) == 2
+    assert "damaged video; its first part was used" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/labels/drive").iterdir())) == 7
+    with av.open(str(tmp_path / "out/overlays/drive.mp4")) as written:
+        assert sum(1 for _ in written.decode(video=0)) == 7
 
 
 def test_missing_video_library_is_named(
