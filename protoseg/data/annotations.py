@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -217,7 +218,7 @@ def _coco_objects(
 def _panoptic(
     annotation: dict[str, Any], folder: Path, number: dict[int, int], size: tuple[int, int], overlap: Overlap
 ) -> NDArray[np.int64]:
-    red, green, blue = np.moveaxis(_rgb(folder / annotation["file_name"]).astype(np.int64), 2, 0)
+    red, green, blue = rearrange(_rgb(folder / annotation["file_name"]).astype(np.int64), "h w c -> c h w")
     segments = red + 256 * green + 256**2 * blue
     parts = annotation["segments_info"]
     return overlap([(number[each["category_id"]], segments == each["id"]) for each in parts], size)

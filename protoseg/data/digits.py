@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -141,7 +142,7 @@ class Digits:
             part = label[window]
             part[cover > _OUTSIDE] = IGNORE
             part[cover > _INSIDE] = digits[which]
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(label)
+        return rearrange(torch.from_numpy(image), "h w c -> c h w").contiguous(), torch.from_numpy(label)
 
     def label(self, index: int) -> torch.Tensor:
         return self.read(index)[1]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
@@ -282,16 +283,18 @@ def most_likely(
 
 def nearest_prototypes(head: PrototypeHead, embedding: Tensor) -> Tensor:
     """Index of each class's prototype nearest to each cell: (B, D, h, w) → (B, C, h, w) int16."""
-    batch, _, height, width = embedding.shape
+    batch, _, height, _ = embedding.shape
     with torch.autocast(embedding.device.type, enabled=False):  # as in the head, which decided
         emb_ND, protos_CKD = head.unit_rows(embedding), head.prototypes
         rows_MD = protos_CKD.flatten(0, 1).to(emb_ND.dtype)
         chunk = max(1, BAND_ELEMENTS.get(embedding.device.type, 2**24) // len(rows_MD))
         parts = [
-            (rows_MD @ part_nD.t()).view(*protos_CKD.shape[:2], -1).argmax(1).to(torch.int16)
+            rearrange(rows_MD @ part_nD.t(), "(c k) n -> c k n", k=head.num_prototypes)
+            .argmax(1)
+            .to(torch.int16)
             for part_nD in emb_ND.split(chunk)
         ]
-    return torch.cat(parts, 1).view(-1, batch, height, width).transpose(0, 1)
+    return rearrange(torch.cat(parts, 1), "c (b h w) -> b c h w", b=batch, h=height)
 
 
 def at_pixels(map_Chw: Tensor, classes: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
+from einops import rearrange
 from huggingface_hub import ModelHubMixin
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -221,7 +222,7 @@ class Predictor(ModelHubMixin):
                     f"predict: an array must be (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype};"
                     " values between 0 and 1 are to be multiplied by 255 first"
                 )
-            return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+            return rearrange(torch.from_numpy(np.ascontiguousarray(array)), "h w c -> c h w")
         if isinstance(image, Tensor):
             if image.ndim != 3 or len(image) != 3 or image.dtype != torch.uint8:
                 raise UserError(
@@ -239,7 +240,7 @@ class Predictor(ModelHubMixin):
         )
         assert labels is not None
         assert confidence is not None
-        picture = image.permute(1, 2, 0).cpu().numpy()
+        picture = rearrange(image.cpu().numpy(), "c h w -> h w c")
         about = list(self.classes), list(self.palette)
         return Segmentation(picture, labels, confidence, prototypes, distance, *about)
 

@@ -135,7 +135,7 @@ def seen_pixels(model: Segmenter, image: Tensor) -> tuple[Tensor, Tensor, tuple[
     """Of one image (3, H, W): unit vectors (N, D) as the classifier sees them, logits (N, C), and (h, w)."""
     with torch.inference_mode():
         embedding = model.embed(image[None].to(model.mean.device))
-        logits_NC = model.classifier(embedding)[0].flatten(1).t().float()
+        logits_NC = rearrange(model.classifier(embedding)[0], "c h w -> (h w) c").float()
         with torch.autocast(embedding.device.type, enabled=False):  # as in the head
             unit_ND = (
                 unit_rows(embedding) if model.prototypes is None else model.prototypes.unit_rows(embedding)
@@ -163,8 +163,9 @@ def nearest(emb_ND: Tensor, protos_CKD: Tensor, class_N: Tensor, label_N: Tensor
 def similarity_maps(emb_hwD: NDArray, protos_KD: NDArray, size: tuple[int, int] | None = None) -> NDArray:
     """Cosine maps (K, h, w) of some prototypes; with `size`, of the mean embeddings of that many cells."""
     if size is not None and size != emb_hwD.shape[:2]:
-        emb_DHW = torch.from_numpy(emb_hwD).permute(2, 0, 1)
-        emb_hwD = F.normalize(F.adaptive_avg_pool2d(emb_DHW, size).permute(1, 2, 0), dim=-1).numpy()
+        emb_DHW = rearrange(torch.from_numpy(emb_hwD), "h w d -> d h w")
+        mean_hwD = rearrange(F.adaptive_avg_pool2d(emb_DHW, size), "d h w -> h w d")
+        emb_hwD = F.normalize(mean_hwD, dim=-1).numpy()
     return np.einsum("hwd,kd->khw", emb_hwD, protos_KD)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from protoseg.models.maps import concatenate, resize
@@ -261,11 +262,11 @@ class OCRHead(DecodeHead):
         weights_BCN = coarse.flatten(2).softmax(dim=2)
         regions_BDC1 = (x.flatten(2) @ weights_BCN.transpose(1, 2))[..., None]
         query, key, value = (
-            projection(source).flatten(2).transpose(1, 2)
+            rearrange(projection(source), "b d h w -> b 1 (h w) d")
             for projection, source in ((self.query, x), (self.key, regions_BDC1), (self.value, regions_BDC1))
         )
-        context_BNd = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
-        context = self.context(context_BNd.transpose(1, 2).unflatten(2, x.shape[-2:]))
+        context_B1Nd = F.scaled_dot_product_attention(query, key, value)
+        context = self.context(rearrange(context_B1Nd, "b 1 (h w) d -> b d h w", h=x.shape[2]))
         return self.dropout(self.fuse(torch.cat([context, x], dim=1))), [coarse] if self.training else []
 
 

@@ -7,6 +7,7 @@ the NCHW view that a convolution needs has channels-last strides, so only the re
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -37,8 +38,8 @@ def patch_conv_BHWC(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
     r = conv.stride[0]
     rows, columns = x_BHWC.shape[1] // r, x_BHWC.shape[2] // r
     whole_BHWC = x_BHWC[:, : rows * r, : columns * r]
-    patches = whole_BHWC.unflatten(2, (columns, r)).unflatten(1, (rows, r)).transpose(2, 3).flatten(3)
-    return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+    patches = rearrange(whole_BHWC, "b (h i) (w j) c -> b h w (i j c)", i=r, j=r)
+    return F.linear(patches, rearrange(conv.weight, "d c i j -> d (i j c)"), conv.bias)
 
 
 class ReducedAttention(nn.Module):
@@ -56,7 +57,7 @@ class ReducedAttention(nn.Module):
             self.reduce_norm = nn.LayerNorm(dim)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        b, rows, columns, dim = x_BHWC.shape
+        rows, columns = x_BHWC.shape[1:3]
         source = x_BHWC
         if self.reduction > 1:
             # A map smaller than one reduction window would leave no key at all: fill the window with zeros.
@@ -64,11 +65,10 @@ class ReducedAttention(nn.Module):
             if pad_rows or pad_columns:
                 source = F.pad(source, (0, 0, 0, pad_columns, 0, pad_rows))
             source = self.reduce_norm(patch_conv_BHWC(self.reduce, source))
-        q_BhNd = self.q(x_BHWC).reshape(b, rows * columns, self.heads, -1).transpose(1, 2)
-        kv_BM2hd = self.kv(source).reshape(b, -1, 2, self.heads, dim // self.heads)
-        k_BhMd, v_BhMd = (t.transpose(1, 2) for t in kv_BM2hd.unbind(2))
+        q_BhNd = rearrange(self.q(x_BHWC), "b r c (h d) -> b h (r c) d", h=self.heads)
+        k_BhMd, v_BhMd = rearrange(self.kv(source), "b r c (two h d) -> two b h (r c) d", two=2, h=self.heads)
         out_BhNd = F.scaled_dot_product_attention(q_BhNd, k_BhMd, v_BhMd)
-        return self.proj(out_BhNd.transpose(1, 2).reshape(b, rows, columns, dim))
+        return self.proj(rearrange(out_BhNd, "b h (r c) d -> b r c (h d)", r=rows, c=columns))
 
 
 class MixFeedForward(nn.Module):

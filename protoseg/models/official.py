@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from protoseg.core.prototypes import PrototypeHead
@@ -32,7 +33,8 @@ class OfficialPrototypeHead(PrototypeHead):
     def _compared(self, features: Tensor) -> Tensor:
         """Projected, and normalised by row of the image first."""
         by_width = F.normalize(self.projection(at_least_single(features)), dim=-1)
-        return self.feature_norm(by_width.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        normed = self.feature_norm(rearrange(by_width, "b d h w -> b h w d"))
+        return rearrange(normed, "b h w d -> b d h w")
 
     def training_step(
         self, features: Tensor, labels: Tensor, scale: Tensor | None = None, drawn: Tensor | None = None

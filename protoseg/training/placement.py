@@ -8,6 +8,7 @@ analysis). C classes, D channels, K prototypes per class, N pixels.
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from protoseg.core.clustering import cluster_means, momentum_update, start_prototypes
@@ -83,7 +84,7 @@ def place_prototypes_(
         map_BDhw = concatenate(model.maps(image[None].to(device))).cpu()
         labels_N = downsample_labels(label[None].long(), map_BDhw.shape[2:]).flatten()
         known_N = labels_N != dataset.ignore_index
-        rows_ND, labels_N = map_BDhw[0].flatten(1).T[known_N], labels_N[known_N]
+        rows_ND, labels_N = rearrange(map_BDhw[0], "d h w -> (h w) d")[known_N], labels_N[known_N]
         moments.add_(rows_ND, labels_N)
         order_N = torch.randperm(len(labels_N), generator=generator)
         for c in labels_N.unique():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from protoseg.models.segmenter import Segmenter
@@ -54,7 +55,7 @@ class SegmentationGraph(nn.Module):
             protos_CKD = head.prototypes.to(emb_ND.dtype)
             batch, _, height, width = embedding.shape
             sims_CKN = torch.einsum("ckd,nd->ckn", protos_CKD, emb_ND)
-            nearest_BChw = sims_CKN.argmax(1).view(-1, batch, height, width).transpose(0, 1)
+            nearest_BChw = rearrange(sims_CKN.argmax(1), "c (b h w) -> b c h w", b=batch, h=height)
             rows, columns = (
                 (2 * torch.arange(side, device=images.device) + 1) * cell // (2 * side)
                 for side, cell in zip(size, (height, width))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from einops import rearrange
 from torch import Tensor
 
 Rules = tuple[tuple[str, str], ...]
@@ -233,7 +234,8 @@ def translate(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, list[tuple
                 part = int(name[name.index("#") + 1])
                 name = re.sub(r"#\d", "", name)
             if name.endswith("~"):
-                name, tensor = name[:-1], tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
+                name = name[:-1]
+                tensor = rearrange(tensor, "... (c row column) -> ... (column row c)", row=2, column=2)
             if "q+kv" in name:
                 third = len(tensor) // 3
                 found.setdefault(name.replace("q+kv", "q"), []).append((0, source, tensor[:third]))
