@@ -155,7 +155,7 @@ class Config(Section):
     """One training run."""
 
     preset: Literal["default", "paper", "official"] = "default"
-    classifier: Literal["prototypes", "linear"] = "prototypes"
+    classifier: Literal["prototypes", "linear", "cosine"] = "prototypes"  # the others are learned
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     decode_head: DecodeHeadConfig = DecodeHeadConfig()

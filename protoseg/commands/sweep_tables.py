@@ -17,14 +17,14 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from protoseg.figures.training_figures import mean_of_known
 
-HEALTH = ("effective_k", "in_use", "mean_intra_cosine", "churn")
+HEALTH = ("in_use", "own_cosine", "agreement", "mean_intra_cosine", "churn")
 COLUMNS = ("mIoU", *HEALTH, "parameters", "seconds_per_step")
 LINEAR, PROTOTYPES = "#d55e00", "#0072b2"  # vermilion and blue: apart for every eye, and in grey
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished run. Health is NaN for a linear classifier; `num_per_class` is None there."""
+    """One finished run. Health is NaN for a learned classifier; `num_per_class` is None there."""
 
     row: str
     seed: int
@@ -36,7 +36,7 @@ def read_record(row: str, seed: int, folder: Path) -> Record:
     """The numbers of a finished run; errors: OSError or ValueError if it is not one."""
     results = json.loads((folder / "results.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    linear = config["classifier"] == "linear"
+    learned = config["classifier"] != "prototypes"
     health = results.get("prototype_health", {})
     values = {
         "mIoU": mean_of_known([results["mIoU"]]),  # none where the labels are ignored everywhere
@@ -44,7 +44,7 @@ def read_record(row: str, seed: int, folder: Path) -> Record:
         "parameters": results["parameters"],
         "seconds_per_step": results["seconds"] / results["step"],
     }
-    return Record(row, seed, None if linear else config["prototypes"]["num_per_class"], values)
+    return Record(row, seed, None if learned else config["prototypes"]["num_per_class"], values)
 
 
 def to_csv(records: Sequence[Record]) -> str:
@@ -61,17 +61,16 @@ def to_csv(records: Sequence[Record]) -> str:
 def to_markdown(rows: Sequence[str], records: Sequence[Record]) -> str:
     """One line per row of the sweep: mean ± sample standard deviation over its seeds."""
     lines = [
-        "| | mIoU % | effective K | in use | intra-class cosine | churn | parameters (M) | s/step | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | mIoU % | in use | own cosine | agreement | parameters (M) | s/step | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         runs = [record.values for record in records if record.row == row]
         cells = [
             mean_sd([100 * run["mIoU"] for run in runs], 1),
-            mean_sd([run["effective_k"] for run in runs], 1),
             mean_sd([run["in_use"] for run in runs], 1),
-            mean_sd([run["mean_intra_cosine"] for run in runs], 2),
-            mean_sd([run["churn"] for run in runs], 4, spread=False),
+            mean_sd([run["own_cosine"] for run in runs], 2),
+            mean_sd([run["agreement"] for run in runs], 2),
             mean_sd([run["parameters"] / 1e6 for run in runs], 3, spread=False),
             mean_sd([run["seconds_per_step"] for run in runs], 3, spread=False),
             str(len(runs)),
@@ -91,7 +90,7 @@ def mean_sd(values: Sequence[float], digits: int, spread: bool = True) -> str:
 
 
 def sweep_figure(rows: Sequence[str], records: Sequence[Record]) -> Figure:
-    """mIoU against K (log axis, linear classifiers as lines) and against the number of learnable parameters;
+    """mIoU against K (log axis, learned classifiers as lines) and against the number of learnable parameters;
     if K does not vary, or other things do, mIoU and parameters row by row. Error bars: sample standard
     deviation over seeds, none for a single seed."""
     runs = {row: [record for record in records if record.row == row] for row in rows}

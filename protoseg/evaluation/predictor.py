@@ -127,7 +127,7 @@ class Predictor(ModelHubMixin):
 
     def __repr__(self) -> str:
         head = self.model.prototypes
-        kind = "linear" if head is None else f"{head.num_prototypes} prototypes per class"
+        kind = f"{head.num_prototypes} prototypes per class" if head else self.settings.classifier
         return f"Predictor({self.settings.backbone.name}, {kind}, {len(self.classes)} classes)"
 
     @property

@@ -13,7 +13,7 @@ from protoseg.data.specs import DATASETS
 from protoseg.models.backbones import Backbone, build_backbone
 from protoseg.models.decode_heads import build_decode_head
 from protoseg.models.official import OfficialPrototypeHead
-from protoseg.models.segmenter import LinearClassifier, Segmenter
+from protoseg.models.segmenter import CosineClassifier, LinearClassifier, Segmenter
 
 
 def build_model(
@@ -48,6 +48,8 @@ def build_model(
     classifier: nn.Module
     if config.classifier == "linear":
         classifier = LinearClassifier(dim, num_classes)
+    elif config.classifier == "cosine":
+        classifier = CosineClassifier(dim, num_classes, config.prototypes.logit_scale)
     else:
         settings = asdict(config.prototypes)
         head_class = OfficialPrototypeHead if config.preset == "official" else PrototypeHead

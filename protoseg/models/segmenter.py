@@ -1,4 +1,4 @@
-"""Segmenter: backbone → decode head → classifier (prototypes or linear).
+"""Segmenter: backbone → decode head → classifier (prototypes, linear or cosine).
 
 B images, C classes, K prototypes, D embedding channels; (H, W) input pixels, (h, w) embedding pixels.
 """
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,6 +24,23 @@ class LinearClassifier(nn.Conv2d):
     def __init__(self, dim: int, num_classes: int) -> None:
         # PyTorch's own start. The usual normal(0, 0.01) left `digits` at background only for 300 steps.
         super().__init__(dim, num_classes, kernel_size=1)
+
+
+class CosineClassifier(nn.Module):
+    """One learned unit vector and bias per class: K = 1 without clustering, the baseline between the two.
+
+    (B, D, h, w) → logits (B, C, h, w): scale × cosine + bias.
+    """
+
+    def __init__(self, dim: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_classes, dim))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+        self.scale = scale
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        weight_CD = self.scale * F.normalize(self.weight, dim=1)
+        return F.conv2d(F.normalize(embedding, dim=1), weight_CD[:, :, None, None], self.bias)
 
 
 class Segmenter(nn.Module):

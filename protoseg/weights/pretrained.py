@@ -58,9 +58,9 @@ def model_card(content: dict[str, Any], results: dict[str, Any] | None, pictures
         "tags": ["semantic-segmentation", config["classifier"]],
     }
     classifier = (
-        "a linear classifier"
-        if config["classifier"] == "linear"
-        else f"{config['prototypes']['num_per_class']} prototypes per class"
+        f"{config['prototypes']['num_per_class']} prototypes per class"
+        if config["classifier"] == "prototypes"
+        else f"a {config['classifier']} classifier"
     )
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",

@@ -171,7 +171,7 @@ def test_a_failed_run_is_named_and_the_others_count(
     assert str(tmp_path / "out/classifier-linear-val_split-nowhere/seed0/log.txt") in message
     assert "images/nowhere does not exist" in message
     table = (tmp_path / "out/results.md").read_text().splitlines()
-    assert "| – |" in table[2], "a linear classifier has no effective K"
+    assert "| – |" in table[2], "a linear classifier has no prototypes"
     assert table[3].startswith("| classifier=linear, val_split=nowhere | – |")
 
 
@@ -291,8 +291,9 @@ def record(row: str, seed: int, k: int | None, miou: float, parameters: float = 
         k,
         {
             "mIoU": miou,
-            "effective_k": health,
             "in_use": health,
+            "own_cosine": health,
+            "agreement": nan,
             "mean_intra_cosine": nan,
             "churn": health,
             "parameters": parameters,
@@ -304,10 +305,10 @@ def record(row: str, seed: int, k: int | None, miou: float, parameters: float = 
 def test_tables(tmp_path: Path) -> None:
     records = [record("K=1", 0, 1, 0.5), record("K=1", 1, 1, 0.52), record("linear", 0, None, 0.4)]
     lines = to_markdown(["linear", "K=1", "K=9"], records).splitlines()
-    assert lines[2] == "| linear | 40.0 | – | – | – | – | 1.000 | 0.500 | 1 |"
-    assert lines[3] == "| K=1 | 51.0 ± 1.4 | 1.0 ± 0.0 | 1.0 ± 0.0 | – | 1.0000 | 1.000 | 0.500 | 2 |"
-    assert lines[4] == "| K=9 | – | – | – | – | – | – | – | 0 |"
-    assert to_csv(records).splitlines()[3] == "linear,0,0.4,,,,,1000000.0,0.5"
+    assert lines[2] == "| linear | 40.0 | – | – | – | 1.000 | 0.500 | 1 |"
+    assert lines[3] == "| K=1 | 51.0 ± 1.4 | 1.0 ± 0.0 | 1.00 ± 0.00 | – | 1.000 | 0.500 | 2 |"
+    assert lines[4] == "| K=9 | – | – | – | – | – | – | 0 |"
+    assert to_csv(records).splitlines()[3] == "linear,0,0.4,,,,,,1000000.0,0.5"
     assert mean_sd([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     # A run whose validation labels are all ignored has no mIoU.
     results = {"mIoU": None, "parameters": 1_000_000, "seconds": 2.0, "step": 4}
@@ -315,8 +316,8 @@ def test_tables(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("classifier: linear\n")
     unknown = read_record("a|b", 0, tmp_path)
     line = to_markdown(["a|b"], [unknown]).splitlines()[2]
-    assert line == "| a\\|b | – | – | – | – | – | 1.000 | 0.500 | 1 |"
-    assert to_csv([unknown]).splitlines()[1] == "a|b,0,,,,,,1000000,0.5"
+    assert line == "| a\\|b | – | – | – | – | 1.000 | 0.500 | 1 |"
+    assert to_csv([unknown]).splitlines()[1] == "a|b,0,,,,,,,1000000,0.5"
     save_figure(sweep_figure(["a|b"], [unknown]), tmp_path / "results.png")
 
 

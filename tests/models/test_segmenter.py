@@ -35,6 +35,18 @@ def test_learnable_parameters_do_not_depend_on_classes_or_prototypes() -> None:
     assert len(counts) == 1
 
 
+def test_cosine_classifier_is_scale_times_cosine_plus_bias() -> None:
+    config = config_from(small(classifier="cosine", prototypes={"logit_scale": 7}), "t")
+    classifier = build_model(config, 3).classifier
+    nn.init.normal_(classifier.bias)
+    x = torch.randn(2, 16, 2, 3)
+    logits = classifier(x)
+    for b, c, row, column in ((0, 0, 0, 0), (1, 2, 1, 2), (1, 1, 0, 1)):
+        weight, pixel = classifier.weight[c], x[b, :, row, column]
+        cosine = (weight @ pixel) / (weight.norm() * pixel.norm())
+        torch.testing.assert_close(logits[b, c, row, column], 7 * cosine + classifier.bias[c])
+
+
 def test_frozen_running_stats() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3)).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
