@@ -96,13 +96,12 @@ class TimmFeatures(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         rows, columns = image.shape[-2:]
-        image = F.pad(image, (0, -columns % self.cell, 0, -rows % self.cell))
+        image = F.pad(image, (0, filling(columns, self.cell), 0, filling(rows, self.cell)))
         maps = self.features(image)
         if self.pyramid is not None:
-            maps = self.pyramid(
-                maps, [(-(-image.shape[2] // s), -(-image.shape[3] // s)) for s in self.strides]
-            )
-        return [x[:, :, : -(-rows // s), : -(-columns // s)] for x, s in zip(maps, self.strides)]
+            height, width = image.shape[-2:]
+            maps = self.pyramid(maps, [(cells(height, s), cells(width, s)) for s in self.strides])
+        return [x[:, :, : cells(rows, s), : cells(columns, s)] for x, s in zip(maps, self.strides)]
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -116,6 +115,17 @@ class TimmFeatures(nn.Module):
             raise UserError(
                 "backbone.grad_checkpointing: this timm model cannot do it; set it to false"
             ) from error
+
+
+# Not by way of negative numbers: ONNX rounds their quotients towards zero.
+def cells(pixels: int, side: int) -> int:
+    """How many cells hold so many pixels, the last one perhaps in part."""
+    return (pixels + side - 1) // side
+
+
+def filling(pixels: int, side: int) -> int:
+    """Pixels that the last cell lacks."""
+    return cells(pixels, side) * side - pixels
 
 
 class PlainPyramid(nn.Module):

@@ -1,6 +1,7 @@
 """The loop: resume, ranks, interruption, and what a user can get wrong."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -133,13 +134,20 @@ def rank_batches(rank: int, world: int, steps: int, order: Sequence[int] = (0, 1
     return batches
 
 
-def rank_run(rank: int, world: int, port: int, out: str, accumulation: int) -> None:
-    """Twenty steps of one rank; saves weights, prototypes and assignments."""
+def rank_run(rank: int, world: int, port: int, out: str) -> None:
+    """One rank's steps, whole and in two micro-batches."""
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
         os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         distributed.setup()
+    for accumulation in (1, 2):
+        twenty_steps(rank, world, Path(out), accumulation)
+    distributed.shutdown()
+
+
+def twenty_steps(rank: int, world: int, out: Path, accumulation: int) -> None:
+    """Saves weights, prototypes and assignments."""
     values = {
         **TINY,
         "data": {"name": "digits", "batch_size": 4},
@@ -169,17 +177,23 @@ def rank_run(rank: int, world: int, port: int, out: str, accumulation: int) -> N
     order = (0, 2, 1, 3) if (world, accumulation) == (1, 2) else (0, 1, 2, 3)
     losses = [train_step(run, batch)["loss"] for batch in rank_batches(rank, world, 20, order)]
     state = {"model": run.model.state_dict(), "assignment": torch.stack(seen), "loss": losses}
-    torch.save(state, f"{out}/{world}-{accumulation}-{rank}.pt")
-    distributed.shutdown()
+    torch.save(state, out / f"{world}-{accumulation}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `rank_run` saves, of one process and of two."""
+    out = tmp_path_factory.mktemp("ranks")
+    port = 29500 + os.getpid() % 400
+    rank_run(0, 1, port, str(out))
+    mp.spawn(rank_run, (2, port, str(out)), nprocs=2)
+    return out
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_ranks_equal_one(tmp_path: Path, accumulation: int) -> None:
-    port = 29500 + os.getpid() % 400 + accumulation
-    rank_run(0, 1, port, str(tmp_path), accumulation)
-    mp.spawn(rank_run, (2, port, str(tmp_path), accumulation), nprocs=2)
-    single = torch.load(tmp_path / f"1-{accumulation}-0.pt", weights_only=True)
-    parts = [torch.load(tmp_path / f"2-{accumulation}-{r}.pt", weights_only=True) for r in range(2)]
+def test_two_ranks_equal_one(ranks: Path, accumulation: int) -> None:
+    single = torch.load(ranks / f"1-{accumulation}-0.pt", weights_only=True)
+    parts = [torch.load(ranks / f"2-{accumulation}-{r}.pt", weights_only=True) for r in range(2)]
     for name, value in single["model"].items():
         assert torch.equal(parts[0]["model"][name], parts[1]["model"][name]), f"ranks differ in {name}"
         torch.testing.assert_close(parts[0]["model"][name], value, rtol=0, atol=1e-5, msg=name)
@@ -380,25 +394,15 @@ def test_class_weights_must_fit(tmp_path: Path) -> None:
         train(tiny(loss={"class_weights": [1, 2]}), tmp_path / "o")
 
 
-def test_unreadable_image_stops_the_run_and_its_workers(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    for split in ("train", "val"):
-        for i in range(4):
-            for kind in ("images", "labels"):
-                path = root / kind / split / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pixels = torch.zeros((3 if kind == "images" else 1, 32, 32), dtype=torch.uint8)
-                write_png(pixels, str(path))
-    (root / "images" / "train" / "2.png").write_bytes(b"not an image")
-    values = {**TINY, "data": {"name": "folder", "root": str(root), "classes": ["a", "b"], "crop": [32, 32]}}
-    values["data"] |= {"batch_size": 4, "workers": 1}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-    process = run_cli(["train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 2, text
-    assert text.splitlines()[-1].startswith("error: ")
-    assert "2.png" in text
-    assert "Traceback" not in text
+def test_unreadable_image_stops_the_run_and_its_workers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "data")
+    (tmp_path / "data/images/train/2.png").write_bytes(b"not an image")
+    changes = [f"data.root={tmp_path / 'data'}", "data.workers=1", "data.batch_size=3"]
+    arguments = [str(write_config(tmp_path)), "--out", str(tmp_path / "run"), *changes]
+    assert "2.png" in errors_of(capsys, "train", arguments)
+    assert not multiprocessing.active_children()
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
