@@ -7,7 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from protoseg.config import LossConfig
 from protoseg.figures.pictures import DPI, plain_axes
+
+LOSSES = ("loss", "ce", *LossConfig.model_fields)  # the sum and its terms, those that a line has
 
 
 def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:
@@ -17,7 +20,7 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:
     with_health = [line for line in evaluations if "prototype_health" in line]
     figure = Figure(figsize=(4 * (3 if with_health else 2), 3), layout="constrained", dpi=120)
     axes = figure.subplots(1, 3 if with_health else 2)
-    for name in ("loss", "ce", "ppc", "ppd", "auxiliary", "contrast"):
+    for name in LOSSES:
         points = [(line["step"], line[name]) for line in train if name in line]
         if points:
             axes[0].plot(*zip(*points), label=name, linewidth=1)

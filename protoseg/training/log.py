@@ -23,7 +23,7 @@ from protoseg.core.prototypes import PrototypeHead
 from protoseg.figures.pictures import Palette, png_of, save_figure
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure
 from protoseg.figures.sample_figures import sample_figure
-from protoseg.figures.training_figures import curves_figure, mean_of_known
+from protoseg.figures.training_figures import LOSSES, curves_figure, mean_of_known
 from protoseg.runtime.console import clock
 from protoseg.runtime.files import safe_name, write_text
 from protoseg.training.track import TRACKERS, TensorBoard, Tracker
@@ -200,8 +200,7 @@ def write_projector(folder: Path, rows: Sequence[tuple[NDArray, str, int, str]])
 
 def progress_line(step: int, iterations: int, values: dict[str, Any]) -> str:
     """One console line of a training step."""
-    names = ("loss", "ce", "ppc", "ppd", "auxiliary", "contrast")
-    terms = "  ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
+    terms = "  ".join(f"{name} {values[name]:.4f}" for name in LOSSES if name in values)
     return (
         f"{step:>{len(str(iterations))}}/{iterations}  {terms}  lr {values['lr']:.2e}"
         f"  {values['images_per_second']:.1f} img/s  data wait {values['data_wait']:.0%}"

@@ -57,13 +57,7 @@ class Objective(nn.Module):
         self.model = model
         self.contrast = contrast
         self.parts = parts
-        self.weights = {
-            "ce": 1.0,
-            "ppc": weights.ppc,
-            "ppd": weights.ppd,
-            "auxiliary": weights.auxiliary,
-            "contrast": weights.contrast,
-        }
+        self.weights = {"ce": 1.0, **weights.model_dump()}  # by term
         class_weights = torch.tensor(weights.class_weights) if weights.class_weights else None
         self.register_buffer("class_weights", class_weights, persistent=False)
 

@@ -39,7 +39,7 @@ def load_segmenter_weights(model: Any, name: str, path: str) -> ImportReport:
         for head, formats in HEAD_FORMATS.items()
     }
     ours = type(model.decode_head).__name__
-    report = copy_pieces(model, pieces | heads[ours], state, path, program)
+    report = copy_pieces(model, pieces | heads.get(ours, {}), state, path, program)
     report.missing = [name for name in report.missing if name not in ("mean", "std")]  # the backbone's
     report.notes += finish_mit(model.backbone, program)
     if not any(name.startswith("decode_head.") for name in report.matched):

@@ -90,6 +90,9 @@ def test_mmsegmentation_segformer_on_our_head_says_which_head_it_needs(tmp_path:
     report = load_segmenter_weights(Whole(tiny_mit(), "mlp", 12), "mit_b0", str(tmp_path / "whole.pth"))
     assert "it needs decode_head.name mlp_branch" in str(report)
     assert len(report.unexpected) == len(head_names("mlp_branch"))
+    # Our own head, which no other program has.
+    report = load_segmenter_weights(Whole(tiny_mit(), "whiten", None), "mit_b0", str(tmp_path / "whole.pth"))
+    assert "nothing of the file fits the decode head WhitenHead: it needs" in str(report)
 
 
 CLASSES = ["road", "car", "tree"]
