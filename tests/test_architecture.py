@@ -20,7 +20,7 @@ HOUSE = {
     "runtime": ["errors signals", "distributed files memory console shipped strict_yaml config_keys"],
     "config": [],
     "data": [
-        "reading.pixels reading.label_ids reading.text_lists classes.ade20k_full classes.palette transforms",
+        "reading.pixels reading.label_ids reading.text_lists classes.palette transforms",
         "reading.value_range classes.published digits",
         "reading.decode",
         "reading.pairing file_dataset",

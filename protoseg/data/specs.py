@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from protoseg.data import digits
-from protoseg.data.classes import ade20k_full
-from protoseg.data.classes import published as lists
 from protoseg.data.classes.palette import Palette, default_palette
+from protoseg.data.classes.published import ADE20K_FULL_HIGHEST_ID, LISTS
 from protoseg.data.file_dataset import ReadIds
 from protoseg.data.reading.decode import read_ade20k_ids, read_label_ids, read_mat_ids
 from protoseg.data.reading.label_ids import IGNORE, LabelMap
@@ -65,23 +64,23 @@ _COCOSTUFF_HOME = "https://github.com/nightrome/cocostuff"
 _COCOSTUFF10K_HOME = "https://github.com/nightrome/cocostuff10k (cocostuff-10k-v1.1.zip)"
 _PCONTEXT_HOME = "https://cs.stanford.edu/~roozbeh/pascal-context and PASCAL VOC 2010"
 _ADE20K_FULL_HOME = "https://groups.csail.mit.edu/vision/datasets/ADE20K (full dataset, ADE20K_2021_17_01)"
-# Here: the file tree, and what 0 and void mean. Each list's source stands beside it in classes/published.py.
+# Here: the file tree, and what 0 and void mean. Each list's source stands beside it in classes/lists.yaml.
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(digits.CLASSES, digits.PALETTE, {}, "nothing to get: it is composed on the fly"),
     # Classes, palette and label map of a folder come from the YAML; every sub-folder of images/ is a split.
     "folder": DatasetSpec((), (), {}, "see 'Your own images' in the README"),
     # SegNet tutorial form, 480 x 360: 0-10 are the classes, 255 (and 11 in the original files) is void.
     "camvid": DatasetSpec(
-        lists.CAMVID_CLASSES,
-        lists.CAMVID_PALETTE,
+        LISTS["camvid"].classes,
+        LISTS["camvid"].palette,
         {split: folder_split(split) for split in ("train", "val", "test")},
         "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/ (11 classes as in the SegNet tutorial)",
         label_map=_map(range(11), [11]),
     ),
     # ADEChallengeData2016: 0 is "other objects", not evaluated; 1-150 in the order of objectInfo150.txt.
     "ade20k": DatasetSpec(
-        lists.ADE20K_CLASSES,
-        lists.ADE20K_PALETTE,
+        LISTS["ade20k"].classes,
+        LISTS["ade20k"].palette,
         {
             "train": Split("images/training", "annotations/training"),
             "val": Split("images/validation", "annotations/validation"),
@@ -90,35 +89,35 @@ DATASETS: dict[str, DatasetSpec] = {
         label_map=_map(range(1, 151), [0]),
     ),
     "cityscapes": DatasetSpec(
-        lists.CITYSCAPES_CLASSES,
-        lists.CITYSCAPES_PALETTE,
+        LISTS["cityscapes"].classes,
+        LISTS["cityscapes"].palette,
         {split: _cityscapes(split) for split in ("train", "val", "test")},
         _CITYSCAPES_HOME,
-        label_map=_map(lists.CITYSCAPES_IDS, range(34)),
+        label_map=_map(LISTS["cityscapes"].ids, range(34)),
     ),
     # stuffthingmaps: id - 1 is stored, 255 is unlabeled (README of the dataset, "Caffe-compatible ... maps").
     "cocostuff164k": DatasetSpec(
-        lists.COCOSTUFF_CLASSES,
+        LISTS["cocostuff"].classes,
         (),
         {split: _cocostuff164k(split) for split in ("train", "val")},
         f"{_COCOSTUFF_HOME} (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
-        label_map=_map([i - 1 for i in lists.COCOSTUFF_IDS], []),
+        label_map=_map([i - 1 for i in LISTS["cocostuff"].ids], []),
     ),
     # The released .mat files, version 1.1: field S, 0 is unlabeled.
     "cocostuff10k": DatasetSpec(
-        lists.COCOSTUFF_CLASSES,
+        LISTS["cocostuff"].classes,
         (),
         {
             split: Split("images", "annotations", (".jpg",), (".mat",), listed=f"imageLists/{split}.txt")
             for split in ("train", "test")
         },
         _COCOSTUFF10K_HOME,
-        label_map=_map(lists.COCOSTUFF_IDS, [0]),
+        label_map=_map(LISTS["cocostuff"].ids, [0]),
         read_ids=read_mat_ids,
     ),
     # The same as PNG, as mmsegmentation converts it: 0 is unlabeled, 1-171 are the classes.
     "cocostuff10k_png": DatasetSpec(
-        lists.COCOSTUFF_CLASSES,
+        LISTS["cocostuff"].classes,
         (),
         {
             split: Split(
@@ -131,16 +130,16 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     # VOCdevkit/VOC2010 with the released trainval/*.mat beside JPEGImages: field LabelMap, 459 classes.
     "pcontext": DatasetSpec(
-        lists.PCONTEXT_CLASSES,
+        LISTS["pcontext"].classes,
         (),
         {split: _voc("trainval", ".mat", split, "Main") for split in ("train", "val")},
         _PCONTEXT_HOME,
-        label_map=_map(lists.PCONTEXT_IDS, range(460)),
+        label_map=_map(LISTS["pcontext"].ids, range(460)),
         read_ids=read_mat_ids,
     ),
     # The same as PNG: 0 is everything else, 1-59 are the classes.
     "pcontext_png": DatasetSpec(
-        lists.PCONTEXT_CLASSES,
+        LISTS["pcontext"].classes,
         (),
         {
             split: _voc("SegmentationClassContext", ".png", split, "SegmentationContext")
@@ -151,8 +150,8 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     # Palette PNGs, 0 is background, 255 the rim of the objects. Root: VOCdevkit/VOC2012.
     "voc": DatasetSpec(
-        lists.VOC_CLASSES,
-        lists.VOC_PALETTE,
+        LISTS["voc"].classes,
+        LISTS["voc"].palette,
         {
             split: _voc("SegmentationClass", ".png", split, "Segmentation")
             for split in ("train", "val", "trainval")
@@ -177,7 +176,7 @@ for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th cla
 for _count in (150, 300, 500, 700, 847):  # the most frequent classes; the others are ignored
     # The release: red and green of *_seg.png beside each image are the object id. Root: ADE20K_2021_17_01.
     DATASETS[f"ade20k_full_{_count}"] = DatasetSpec(
-        ade20k_full.CLASSES[:_count],
+        LISTS["ade20k_full"].classes[:_count],
         (),
         {
             split: Split(f"images/ADE/{folder}", f"images/ADE/{folder}", (".jpg",), ("_seg.png",))
@@ -185,12 +184,12 @@ for _count in (150, 300, 500, 700, 847):  # the most frequent classes; the other
         },
         _ADE20K_FULL_HOME,
         ignore_index=65535,
-        label_map=_map(ade20k_full.IDS[:_count], range(ade20k_full.HIGHEST_ID + 1)),
+        label_map=_map(LISTS["ade20k_full"].ids[:_count], range(ADE20K_FULL_HIGHEST_ID + 1)),
         read_ids=read_ade20k_ids,
     )
     # As MaskFormer's script converts it (shorter side 512 at most): 16-bit TIFF, class ids, 65535 is void.
     DATASETS[f"ade20k_full_{_count}_tif"] = DatasetSpec(
-        ade20k_full.CLASSES[:_count],
+        LISTS["ade20k_full"].classes[:_count],
         (),
         {
             split: Split(
