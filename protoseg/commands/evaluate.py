@@ -6,9 +6,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from rich.markup import escape
-from rich.progress import track
-
 from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_overrides
 from protoseg.config import merge_into_trained
 from protoseg.data.datasets import open_dataset
@@ -27,7 +24,7 @@ from protoseg.figures.score_figures import confusion_figure, reliability_figure
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.segmenter import autocast
 from protoseg.runtime import distributed
-from protoseg.runtime.console import plain_console
+from protoseg.runtime.console import with_bar
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json
 
@@ -48,7 +45,6 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
     if ignored and distributed.is_main():
         print(f"note: {path} has no class {in_short(ignored)}: these labels are ignored", flush=True)
     model = model.to(device)
-    console = plain_console()
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     with (
         closing(EvalLoader(dataset, workers=config.data.workers, **ranks)) as loader,
@@ -56,14 +52,7 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
     ):
         scores = evaluate(
             lambda image, size: segment(model, image, size, protocol, confidence=True),
-            track(
-                loader,
-                escape(str(path)),
-                len(loader),
-                transient=True,
-                disable=not (distributed.is_main() and console.is_terminal),
-                console=console,
-            ),
+            with_bar(loader, str(path), len(loader), shown=distributed.is_main()),
             dataset.classes,
             dataset.ignore_index,
             device,

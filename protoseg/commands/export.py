@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,10 +60,8 @@ def check(graph: SegmentationGraph, run: Runner) -> None:
     generator = np.random.default_rng(0)
     for batch, height, width in CHECKED:
         images = generator.integers(0, 256, (batch, 3, height, width), np.uint8)
-        with torch.inference_mode():
-            expected = [each.numpy() for each in graph(torch.from_numpy(images))]
         parts = []
-        for name, got, wanted in zip(graph.names, run(images), expected):
+        for name, got, wanted in zip(graph.names, run(images), _in_torch(graph)(images)):
             if np.issubdtype(wanted.dtype, np.integer):
                 parts.append(f"{name} equal at {(got == wanted).mean():.4%} of pixels")
             else:
@@ -80,22 +77,18 @@ def onnx_runner(path: Path, _: str = "") -> Runner:
 
 def program_runner(path: Path, _: str = "") -> Runner:
     """Runs a torch.export program."""
-    module: Any = torch.export.load(path).module()
-
-    def run(images: NDArray[np.uint8]) -> list[NDArray]:
-        with torch.inference_mode():
-            return [each.numpy() for each in module(torch.from_numpy(images))]
-
-    return run
+    return _in_torch(torch.export.load(path).module())
 
 
 def folder_runner(path: Path, output: str) -> Runner:
     """Runs the model of a saved folder."""
-    graph = graph_of(load_segmenter(path)[0], output)
+    return _in_torch(graph_of(load_segmenter(path)[0], output))
 
+
+def _in_torch(module: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> Runner:
     def run(images: NDArray[np.uint8]) -> list[NDArray]:
         with torch.inference_mode():
-            return [each.numpy() for each in graph(torch.from_numpy(images))]
+            return [each.numpy() for each in module(torch.from_numpy(images))]
 
     return run
 

@@ -2,16 +2,13 @@
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 
 from protoseg.commands.arguments import runs_and_overrides
 from protoseg.config import Config, merge_into_trained
@@ -41,6 +38,7 @@ from protoseg.figures.training_figures import health_figure
 from protoseg.models.checkpoint import find_checkpoint, load_segmenter
 from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
+from protoseg.runtime.console import with_bar
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import make_folder, safe_name, write_text
 from protoseg.training.log import read_metrics
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     runs, overrides = runs_and_overrides(args.runs + args.overrides)
     if args.images < 1 or args.samples < 1:
         raise UserError("--images and --samples: expected 1 or more")
-    write_gallery(runs, args.out, args.split, args.format, args.images, args.samples, overrides)
+    write_gallery(runs, overrides, args)
 
 
 ROWS = 4  # samples in a figure
@@ -103,19 +101,12 @@ class Drawn(NamedTuple):
     caption: str = ""
 
 
-def write_gallery(
-    runs: Sequence[Path],
-    out: Path | None,
-    split: str,
-    suffix: str,
-    images: int,
-    samples: int,
-    overrides: Sequence[str],
-) -> None:
-    """Look at `images` images of the split and `samples` of the validation split; write figures and page.
+def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse.Namespace) -> None:
+    """Look at images of the split and of the validation split; write figures and page.
 
     The first run must have prototypes; the second one, if any, is set beside it. Errors: UserError.
     """
+    split, suffix = args.split, args.format
     device = distributed.setup()
     loaded = [_load(run, overrides, device) for run in runs]
     first = loaded[0]
@@ -128,11 +119,11 @@ def write_gallery(
         with_classes(open_dataset(first.config, part), first.classes, first.palette)
         for part in (split, first.config.data.val_split)
     )
-    out = out or first.folder / "prototypes"
+    out = args.out or first.folder / "prototypes"
     make_folder(out)
-    images = min(images, len(surveyed))
+    images = min(args.images, len(surveyed))
     print(f"{runs[0]}: looking at {images} images of {split}", flush=True)
-    seen = [_look(run, surveyed, images, val, samples) for run in loaded]
+    seen = [_look(run, surveyed, images, val, args.samples) for run in loaded]
     deeds = seen[0].deeds
     if deeds is None or not deeds.won_CK.any():
         raise UserError(f"{split}: no labelled pixel in {images} images; choose another --split")
@@ -182,7 +173,7 @@ def write_gallery(
 def _look(run: Loaded, surveyed: Dataset, images: int, val: Dataset, samples: int) -> Seen:
     per_class = max(10, MOST_POINTS // min(len(run.classes), MOST_CLASSES))
     with autocast(run.config, run.model.mean.device):
-        chosen = _with_bar(spread_indices(len(surveyed), images), run.name)
+        chosen = with_bar(spread_indices(len(surveyed), images), run.name, images)
         deeds, pixels = survey(run.model, surveyed, chosen, per_class=per_class)
         return Seen(deeds, pixels, read_samples(run.model, val, spread_indices(len(val), samples)))
 
@@ -313,12 +304,6 @@ def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[D
         name = "".join(letter if letter.isalnum() else "_" for letter in run.classes[c])
         title = f"class {run.classes[c]}: nearest training pixels, one per image"
         yield Drawn(safe_name(f"patches_{c:03d}_{name}"), patches_figure(title, rows))
-
-
-def _with_bar(indices: Sequence[int], name: str) -> Iterable[int]:
-    """The indices, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    return track(indices, escape(name), console=console, disable=not console.is_terminal)
 
 
 def _richest_class(sample: Sample, num_prototypes: int, tired: Sequence[int]) -> int:

@@ -1,11 +1,15 @@
 """What commands show on a terminal."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn
+from rich.markup import escape
+from rich.progress import Progress, TextColumn, track
+
+T = TypeVar("T")
 
 
 def clock(seconds: float) -> str:
@@ -18,6 +22,13 @@ def plain_console() -> Console:
     """For tables: names with brackets and colons are shown as they are. 100 wide where it is no terminal."""
     console = Console(markup=False, emoji=False, highlight=False)
     return console if console.is_terminal else Console(width=100, markup=False, emoji=False, highlight=False)
+
+
+def with_bar(items: Iterable[T], what: str, total: int, shown: bool = True) -> Iterable[T]:
+    """The items, with a progress bar on a terminal until they end."""
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    return track(items, escape(what), total, transient=True, console=console, disable=hidden)
 
 
 @contextmanager
