@@ -26,8 +26,8 @@ HOUSE = {
         "reading.pairing file_dataset",
         "order specs doctor.facts annotations",
         "loader datasets doctor.class_table doctor.label_map_advice",
-        "doctor.diagnosis doctor.prepare",
-        "doctor.image_diagnosis doctor.report",
+        "doctor.diagnosis ade20k_conversion",
+        "doctor.report",
         "doctor.check",
     ],
     "models": [

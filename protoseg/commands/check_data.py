@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protoseg.config import load_config
+from protoseg.data.ade20k_conversion import prepare_ade20k_full
 from protoseg.data.datasets import data_root
 from protoseg.data.doctor.check import check_dataset
-from protoseg.data.doctor.prepare import prepare_ade20k_full
 from protoseg.data.doctor.report import print_report, write_bad_files
 from protoseg.runtime.console import progress
 from protoseg.runtime.errors import UserError

@@ -9,9 +9,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from protoseg.config import DataConfig
+from protoseg.data.ade20k_conversion import prepare_ade20k_full
 from protoseg.data.datasets import build_dataset
 from protoseg.data.doctor.check import check_dataset
-from protoseg.data.doctor.prepare import prepare_ade20k_full
 from protoseg.data.reading.label_ids import IGNORE, export_ids
 from protoseg.data.specs import DATASETS
 from protoseg.runtime.errors import UserError

@@ -5,9 +5,15 @@ from collections.abc import Callable
 from protoseg.config import DataConfig
 from protoseg.data.datasets import data_root, dataset_spec, find_split, image_reader, label_ids
 from protoseg.data.doctor.class_table import class_table
-from protoseg.data.doctor.diagnosis import diagnose, diagnose_classes, diagnose_pairing
+from protoseg.data.doctor.diagnosis import (
+    diagnose,
+    diagnose_classes,
+    diagnose_pairing,
+    diagnose_turned,
+    diagnose_values,
+    measured_range,
+)
 from protoseg.data.doctor.facts import read_facts
-from protoseg.data.doctor.image_diagnosis import diagnose_turned, diagnose_values, measured_range
 from protoseg.data.doctor.label_map_advice import advise_label_map, id_table
 from protoseg.data.doctor.report import DataReport
 from protoseg.data.reading.pairing import pair_files
