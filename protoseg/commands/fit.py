@@ -21,8 +21,7 @@ from protoseg.runtime import distributed
 from protoseg.runtime.console import clock
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json, write_text
-from protoseg.runtime.memory import peak_memory_gb
-from protoseg.training.log import environment
+from protoseg.training.log import run_facts
 from protoseg.training.placement import place_prototypes_, shrinkage_for
 from protoseg.training.resume import checkpoint_to_resume
 from protoseg.weights.foreign_backbone import load_backbone_weights
@@ -72,11 +71,8 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
         **scores.to_plain(),
         "images": len(indices),
         "seconds": round(seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb(device), 2),
-        "parameters": model.num_parameters,
-        "seed": config.train.seed,
         "prototype_health": model.prototypes.health().to_plain(),
-        **environment(device),
+        **run_facts(model, config, device),
     }
     write_json(out / "results.json", results)
     print_scores(scores, f"{config.data.val_split}, from {len(indices)} labelled images")

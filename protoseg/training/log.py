@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from protoseg.config import Config
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.figures.pictures import Palette, png_of, save_figure
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure
 from protoseg.figures.sample_figures import sample_figure
 from protoseg.figures.training_figures import LOSSES, curves_figure, mean_of_known
+from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.console import clock
 from protoseg.runtime.files import safe_name, write_text
+from protoseg.runtime.memory import peak_memory_gb
 from protoseg.training.track import TRACKERS, TensorBoard, Tracker
 
 
@@ -218,6 +221,16 @@ def health_line(health: dict[str, list[float | None]]) -> str:
         f" max {max((v for v in health['max_intra_cosine'] if v is not None), default=float('nan')):.2f}"
         f"  dead {dead}  churn {mean_of_known(health['churn']):.3f}"
     )
+
+
+def run_facts(model: Segmenter, config: Config, device: torch.device) -> dict[str, Any]:
+    """What results.json says of a run beside its scores and times."""
+    return {
+        "peak_memory_gb": round(peak_memory_gb(device), 2),
+        "parameters": model.num_parameters,
+        "seed": config.train.seed,
+        **environment(device),
+    }
 
 
 def environment(device: torch.device) -> dict[str, Any]:

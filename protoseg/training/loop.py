@@ -31,7 +31,7 @@ from protoseg.runtime.files import make_folder, write_json, write_text
 from protoseg.runtime.memory import peak_memory_gb
 from protoseg.runtime.signals import Interrupted, StopSignals
 from protoseg.training.feature_cache import FeatureCache, cache_folder
-from protoseg.training.log import Meter, RunLog, environment, health_line, progress_line
+from protoseg.training.log import Meter, RunLog, health_line, progress_line, run_facts
 from protoseg.training.resume import checkpoint_to_resume, require_same_config, restore, save, weights
 from protoseg.training.step import Run, build_run, train_step
 from protoseg.weights.foreign_backbone import load_backbone_weights
@@ -182,11 +182,8 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
         "best_mIoU": run.best if run.best >= 0 else None,
         "seconds": round(run.seconds, 1),
         "images_per_second": round(run.step * run.config.data.batch_size / max(run.seconds, 1e-9), 2),
-        "peak_memory_gb": round(peak_memory_gb(run.device), 2),
-        "parameters": run.model.num_parameters,
-        "seed": run.config.train.seed,
         "world_size": distributed.world_size(),
-        **environment(run.device),
+        **run_facts(run.model, run.config, run.device),
     }
     if run.model.prototypes is not None:
         use = prototype_use(run.model.prototypes, validation_embeddings(run, val_loader))

@@ -107,8 +107,12 @@ def test_coco_panoptic(images: Path, tmp_path: Path) -> None:
     Image.fromarray(colours).save(tmp_path / "coco/a.png")
     segments = [{"id": 300, "category_id": 3}, {"id": 70000, "category_id": 5}]
     file = coco(tmp_path, [{"file_name": "a.png", "segments_info": segments}])
-    assert convert("coco", file, "--images", images, "--out", tmp_path / "out", "--unlabelled", "ignore") == 0
+    given = ("coco", file, "--images", images, "--unlabelled", "ignore", "--out")
+    assert convert(*given, tmp_path / "out") == 0
     assert np.array_equal(label(tmp_path / "out"), painted((1, "big"), (0, "small"), unlabelled=255))
+    (tmp_path / "coco").rename(tmp_path / "elsewhere")
+    assert convert(*given, tmp_path / "again", "--masks", tmp_path / "elsewhere") == 0
+    assert np.array_equal(label(tmp_path / "again"), label(tmp_path / "out"))
 
 
 def test_labelme(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
