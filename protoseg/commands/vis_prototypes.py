@@ -18,7 +18,14 @@ from protoseg.evaluation.nearest_patches import FILE as PATCHES_FILE
 from protoseg.evaluation.nearest_patches import save_patches
 from protoseg.figures.page import FigureEntry, explorer_page
 from protoseg.figures.pictures import outlined, png_of, save_figure
-from protoseg.figures.prototype_figures import assignment_figure, cosine_figure, embedding_figure, project
+from protoseg.figures.prototype_figures import (
+    assignment_figure,
+    cosine_figure,
+    distance_figure,
+    embedding_figure,
+    project,
+    prototypes_in_use,
+)
 from protoseg.figures.sample_figures import (
     comparison_figure,
     patches_figure,
@@ -29,7 +36,9 @@ from protoseg.figures.survey import (
     Pixels,
     Sample,
     Survey,
+    prior_in_cosines,
     read_samples,
+    richest_class,
     similarity_maps,
     spread_indices,
     survey,
@@ -157,6 +166,7 @@ def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse
         second=[sample.prediction for sample in seen[1].samples] if other else (),
         figures=entries,
         score_name="cosine" if head.settings.score_norm == "scale" else "normalised score",
+        prior_C=prior_in_cosines(head),
     )
     write_text(out / "index.html", page)
     save_patches(
@@ -165,6 +175,12 @@ def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse
             number: [(p.name, p.cosine, outlined(p.picture, p.matched, PATCH_SIDE)) for p in patches]
             for number, patches in enumerate(deeds.patches)
         },
+    )
+    in_use_C = np.where(live_C, prototypes_in_use(deeds.share_CK), np.nan)
+    fewest = int(np.nanargmin(in_use_C))
+    print(
+        f"in use: {np.nanmean(in_use_C):.1f} of {head.num_prototypes} prototypes per class;"
+        f" fewest: {first.classes[fewest]}, {in_use_C[fewest]:.1f}"
     )
     size = (out / "index.html").stat().st_size / 1e6
     print(f"{out}: figures and index.html ({size:.1f} MB); open it in a browser")
@@ -202,7 +218,7 @@ def _sample_figures(
     # Classes not to show again while there are others: the background, the commonest, comes last.
     tired = [int(deeds.won_CK.sum(1).argmax())]
     for sample in same_size:
-        c = _richest_class(sample, num_prototypes, tired)
+        c = richest_class(sample, num_prototypes, tired)
         tired.append(c)
         cells_K = np.bincount(sample.nearest[sample.nearest // num_prototypes == c] % num_prototypes)
         busiest = np.argsort(-np.pad(cells_K, (0, num_prototypes - len(cells_K))), kind="stable")
@@ -257,6 +273,15 @@ def _prototype_figures(
         " stands among the five that are nearest to it.",
     )
     alive = np.flatnonzero(live_C)
+    pixels = seen[0].pixels
+    if len(alive) > 1 and live_C[pixels.label_N].any():
+        yield Drawn(
+            "distance",
+            distance_figure(pixels.emb_ND, pixels.label_N, protos_CKD, live_C, first.classes, first.palette),
+            "Signed distance",
+            "Class-balanced training pixels. Below the diagonal, and right of zero, the nearest prototype is"
+            " one of the pixel's own class.",
+        )
     names = [first.classes[c] for c in alive]
     yield Drawn(
         "cosines",
@@ -284,6 +309,7 @@ def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[D
     """One figure per class, not in the page: the explorer has all of them anyway."""
     num_prototypes = deeds.share_CK.shape[1]
     often = np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES]
+    in_use_C = prototypes_in_use(deeds.share_CK)
     for c in (c for c in often.tolist() if live_C[c]):
         rows = []
         for k in np.lexsort((-deeds.share_CK[c], deeds.won_CK[c] == 0)).tolist():  # idle ones last
@@ -302,17 +328,9 @@ def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[D
                 caption = f"prototype {k + 1}: wins no pixel of the images looked at"
             rows.append((caption.replace("nan%", "–").replace("nan", "–"), patches))
         name = "".join(letter if letter.isalnum() else "_" for letter in run.classes[c])
-        title = f"class {run.classes[c]}: nearest training pixels, one per image"
+        in_use = f"{in_use_C[c]:.1f} of {num_prototypes} prototypes in use"
+        title = f"class {run.classes[c]}: {in_use}; nearest training pixels, one per image"
         yield Drawn(safe_name(f"patches_{c:03d}_{name}"), patches_figure(title, rows))
-
-
-def _richest_class(sample: Sample, num_prototypes: int, tired: Sequence[int]) -> int:
-    """The class with the most prototypes at work in an image (3 cells and more), one not in `tired` first."""
-    numbers, counts = np.unique(sample.nearest, return_counts=True)
-    cells = np.bincount(numbers // num_prototypes, counts)
-    working = np.bincount(numbers // num_prototypes, counts >= 3, minlength=len(cells))
-    present = np.flatnonzero(cells).tolist()
-    return max(present, key=lambda c: (c not in tired, working[c], cells[c]))
 
 
 def _score(folder: Path) -> str:

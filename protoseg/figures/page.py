@@ -15,6 +15,7 @@ from PIL import Image
 
 from protoseg.data.classes.palette import default_palette
 from protoseg.figures.pictures import Palette, outlined, resized, shades
+from protoseg.figures.prototype_figures import prototypes_in_use
 from protoseg.figures.survey import Patch, Sample, Survey, similarity_maps
 
 LONGEST_SIDE = 640  # pixels of a sample image in the page
@@ -47,11 +48,12 @@ def explorer_page(
     second: Sequence[NDArray] = (),
     figures: Sequence[FigureEntry] = (),
     score_name: str = "cosine",
+    prior_C: NDArray | None = None,
 ) -> str:
     """The page as text. Labels of C and above are ignored pixels.
 
     second: another model's predictions (H, W) for the samples; `names[1]` is what it is called. score_name:
-    what the samples' class scores are, if not cosines.
+    what the samples' class scores are, if not cosines. prior_C: what the model adds to a class's cosine.
     """
     num_classes, num_prototypes, _ = protos_CKD.shape
     safe = default_palette(num_classes)
@@ -75,6 +77,8 @@ def explorer_page(
         "heat_range": [low, 1.0],
         "score_name": score_name,
         "score_range": score_range,
+        "prior": None if prior_C is None else [round(float(x), 3) for x in prior_C],
+        "in_use": [round(float(x), 1) for x in prototypes_in_use(survey.share_CK)],
         "names": list(names),
         "prototypes": [
             {

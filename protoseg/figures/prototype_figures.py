@@ -130,9 +130,58 @@ def cosine_figure(protos_CKD: NDArray, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def distance_figure(
+    emb_ND: NDArray,
+    label_N: NDArray,
+    protos_CKD: NDArray,
+    live_C: NDArray[np.bool_],
+    classes: Sequence[str],
+    palette: Palette,
+) -> Figure:
+    """Pixels (N, D) by their cosine with the nearest prototype of their own and of any other class, and per
+    class the difference of the two: a pixel's signed distance from the border, negative on the wrong side.
+    Only classes in `live_C` have prototypes; there have to be two of them, and a pixel of one."""
+    keep_N = live_C[label_N]
+    emb_ND, label_N = emb_ND[keep_N], label_N[keep_N]
+    cosine_NC = np.stack([(emb_ND @ protos_KD.T).max(1) for protos_KD in protos_CKD], axis=1)
+    cosine_NC[:, ~live_C] = -np.inf
+    mine_NC = np.arange(len(classes)) == label_N[:, None]
+    own_N = np.where(mine_NC, cosine_NC, -np.inf).max(1)
+    other_N = np.where(mine_NC, -np.inf, cosine_NC).max(1)
+    present = np.unique(label_N).tolist()
+    figure = Figure(figsize=(7.0, max(3.3, 0.6 + 0.2 * len(present))), layout="constrained", dpi=DPI)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    left.scatter(own_N, other_N, s=4, c=np.array(palette)[label_N] / 255, linewidths=0, alpha=0.7)
+    lowest = float(min(own_N.min(), other_N.min()))
+    left.plot([lowest, 1], [lowest, 1], color="0.3", linewidth=0.8)
+    left.set_aspect("equal", adjustable="datalim")
+    left.set_xlabel("cosine with the nearest prototype of its class", fontsize=7)
+    left.set_ylabel("cosine with the nearest of another class", fontsize=7)
+    boxes = right.boxplot(
+        [(own_N - other_N)[label_N == c] for c in present],
+        orientation="horizontal", patch_artist=True, widths=0.7, flierprops={"markersize": 1.5},
+        medianprops={"color": "black"},
+    )  # fmt: skip
+    for box, c in zip(boxes["boxes"], present):
+        box.set_facecolor(np.array(palette[c]) / 255)
+    right.axvline(0, color="0.3", linewidth=0.8)
+    right.set_yticks(range(1, len(present) + 1), [classes[c] for c in present], fontsize=6)
+    right.invert_yaxis()
+    right.set_xlabel("signed distance: own − other cosine", fontsize=7)
+    for axes in (left, right):
+        plain_axes(axes)
+    return figure
+
+
+def prototypes_in_use(share_CK: NDArray) -> NDArray:
+    """How many prototypes share each class's pixels out: exp(entropy) of the shares, 1 to K; 0 if none."""
+    logs_CK = np.log(np.where(share_CK > 0, share_CK, 1))
+    return np.exp(-(share_CK * logs_CK).sum(1)) * share_CK.any(1)
+
+
 def assignment_figure(share_CK: NDArray, classes: Sequence[str], palette: Palette) -> Figure:
     """How each class's pixels are shared out among its prototypes, one bar per class, largest share first;
-    beside it the effective number exp(entropy)."""
+    beside it how many are in use."""
     num_classes, count = share_CK.shape
     figure = Figure(figsize=(7.0, 0.6 + 0.2 * num_classes), layout="constrained", dpi=DPI)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
@@ -161,10 +210,9 @@ def assignment_figure(share_CK: NDArray, classes: Sequence[str], palette: Palett
     left.invert_yaxis()
     left.set_xlim(0, 100)
     left.set_xlabel("share of the class's pixels (%), number = prototype", fontsize=7)
-    entropy_C = -(share_CK * np.log(np.maximum(share_CK, 1e-12))).sum(1)
-    right.plot(np.exp(entropy_C), places, "o", color="0.25", markersize=3.5)
+    right.plot(prototypes_in_use(share_CK), places, "o", color="0.25", markersize=3.5)
     right.set_xlim(0.9, count + 0.1)
-    right.set_xlabel(f"effective number (of {count})", fontsize=7)
+    right.set_xlabel(f"in use (of {count})", fontsize=7)
     right.grid(axis="x", color="0.9", linewidth=0.6)
     for axes in (left, right):
         plain_axes(axes)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.core.losses import downsample_labels, nearest_cells
+from protoseg.core.prototypes import PrototypeHead
 from protoseg.core.similarity import class_scores, own_similarities, unit_rows
 from protoseg.data.file_dataset import Dataset
 from protoseg.evaluation.inference import WHOLE_PIXELS, segment
@@ -167,6 +168,22 @@ def similarity_maps(emb_hwD: NDArray, protos_KD: NDArray, size: tuple[int, int] 
         mean_hwD = rearrange(F.adaptive_avg_pool2d(emb_DHW, size), "d h w -> h w d")
         emb_hwD = F.normalize(mean_hwD, dim=-1).numpy()
     return np.einsum("hwd,kd->khw", emb_hwD, protos_KD)
+
+
+def prior_in_cosines(head: PrototypeHead) -> NDArray | None:
+    """Log prior of each class (C,) ÷ logit scale: what decides is cosine + this; None where there is none."""
+    if head.settings.prior == "none" or head.settings.score_norm != "scale":
+        return None
+    return (head.log_prior() / head.settings.logit_scale).float().cpu().numpy()
+
+
+def richest_class(sample: Sample, num_prototypes: int, tired: Sequence[int]) -> int:
+    """The class with the most prototypes at work in an image (3 cells and more), one not in `tired` first."""
+    numbers, counts = np.unique(sample.nearest, return_counts=True)
+    cells = np.bincount(numbers // num_prototypes, counts)
+    working = np.bincount(numbers // num_prototypes, counts >= 3, minlength=len(cells))
+    present = np.flatnonzero(cells).tolist()
+    return max(present, key=lambda c: (c not in tired, working[c], cells[c]))
 
 
 def spread_indices(length: int, count: int) -> list[int]:

@@ -28,7 +28,13 @@ from protoseg.figures.pictures import (
     shades,
     without_maths,
 )
-from protoseg.figures.prototype_figures import assignment_figure, cosine_figure, embedding_figure, project
+from protoseg.figures.prototype_figures import (
+    assignment_figure,
+    cosine_figure,
+    distance_figure,
+    embedding_figure,
+    project,
+)
 from protoseg.figures.sample_figures import patches_figure, sample_figure, which_prototype_figure
 from protoseg.figures.survey import crop_around, read_samples, similarity_maps, spread_indices, survey
 from protoseg.figures.training_figures import curves_figure, health_figure
@@ -274,9 +280,24 @@ def test_figures_show_their_numbers() -> None:
     matrix, _, _ = cosine_figure(protos, ["a", "b", "c"]).axes
     assert np.array_equal(matrix.images[0].get_array(), np.eye(6))
     share = np.array([[0.25, 0.75], [1.0, 0.0]])
-    bars, effective = assignment_figure(share, ["a", "b"], ((200, 0, 0), (0, 0, 200))).axes
+    palette = ((200, 0, 0), (0, 0, 200))
+    bars, effective = assignment_figure(share, ["a", "b"], palette).axes
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([75, 100, 25, 0])
     assert effective.lines[0].get_xdata() == pytest.approx([np.exp(0.5623), 1.0], abs=1e-3)
+    pixels = np.array([[1, 0], [0.6, 0.8]], np.float32)
+    places, boxes = distance_figure(
+        np.tile(pixels, (2, 1)),
+        np.array([0, 0, 2, 2]),  # a class without prototypes is left out
+        np.eye(3, 2)[:, None],
+        np.array([True, True, False]),
+        ["a", "b", "c"],
+        (*palette, (0, 0, 0)),
+    ).axes
+    expected = np.array([[1, 0], [0.6, 0.8]])  # the second pixel is nearer to the other class's prototype
+    assert np.asarray(places.collections[0].get_offsets()) == pytest.approx(expected)
+    assert [text.get_text() for text in boxes.get_yticklabels()] == ["a"]
+    drawn = [np.asarray(line.get_xdata()) for line in boxes.lines]
+    assert any(x == pytest.approx([0.4, 0.4]) for x in drawn), "the median of 1 − 0 and 0.6 − 0.8"
     health = {key: [1.0, None, 3.0] for key in Health._fields}
     axes = health_figure([{"step": s, "prototype_health": health} for s in (1, 2)]).axes
     assert axes[0].lines[0].get_ydata().tolist() == [2.0, 2.0]
@@ -325,7 +346,16 @@ def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "a linear classifier has no prototypes" in capsys.readouterr().err
     assert command("vis_prototypes", [str(ours), str(linear), "--format", "pdf", "--samples", "2"]) == 0
     out = ours / "prototypes"
-    names = {"which_prototype", "similarity", "comparison", "embedding", "cosines", "assignments", "health"}
+    names = {
+        "which_prototype",
+        "similarity",
+        "comparison",
+        "embedding",
+        "cosines",
+        "assignments",
+        "distance",
+        "health",
+    }
     made = {path.stem for path in out.glob("*.pdf")}
     assert made == names | {"patches_000_road", "patches_001_car", "patches_002_tree"}
     assert all(path.read_bytes().startswith(b"%PDF") for path in out.glob("*.pdf"))

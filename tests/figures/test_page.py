@@ -48,6 +48,7 @@ def write_page(path: Path, model: Segmenter, score_name: str = "cosine") -> Path
         names=("ours", "other"),
         second=[np.zeros_like(sample.prediction) for sample in samples],
         score_name=score_name,
+        prior_C=np.array([-0.05, -0.1]) if score_name == "cosine" else None,
     )
     path.write_text(page)
     return path
@@ -148,9 +149,10 @@ def test_hover_tells_class_prototype_patches_and_runners_up(page: Any) -> None:
         assert "labelled thing ✓" in text
         assert "other: ground" in text
         assert [cell.text for cell in css(page, ".runners td:first-child")] == ["thing", "ground"]
-        first, second = (float(cell.text) for cell in css(page, ".runners td:last-child"))
+        first, second = (float(cell.text) for cell in css(page, ".runners td:nth-child(3)"))
         assert 0.95 < first <= 1.0
         assert second < 0.8
+        assert [cell.text for cell in css(page, ".runners td:nth-child(4)")] == ["-0.100", "-0.050"]
         shown = [image.get_attribute("alt") for image in css(page, "#inspector .patches img")]
         assert len(shown) == 4
         assert all(alt.endswith(f"look{index % 3}") for alt in shown), "the patches of the pixel's own look"
@@ -178,7 +180,8 @@ def test_normalised_scores_are_the_models_own(page: Any, tmp_path: Path) -> None
     assert [cell.text for cell in css(page, ".runners td:first-child")] == ["thing", "ground"]
     with torch.inference_mode():
         logits = model(PlantedSet().read(3)[0][None])[0, :, 0, 11]
-    shown = [float(cell.text) for cell in css(page, ".runners td:last-child")]
+    shown = [float(cell.text) for cell in css(page, ".runners td:nth-child(3)")]
+    assert not css(page, ".runners td:nth-child(4)"), "the score holds the prior"
     assert shown == pytest.approx(sorted(logits.tolist(), reverse=True), abs=2e-3)
 
 
