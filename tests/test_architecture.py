@@ -45,7 +45,7 @@ HOUSE = {
         "foreign_segmenter",
     ],
     "evaluation": ["inference nearest_patches prototype_use", "scores predictor", "tables"],
-    "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures page"],
+    "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures", "page"],
     "training": ["objective feature_cache placement track", "optimizer log", "step", "resume", "loop"],
     "commands": [
         "arguments video sweep_rows sweep_tables",
