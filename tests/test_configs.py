@@ -43,7 +43,7 @@ KNOWN = {
     ("mit_b0", "mlp"): Known(3_752_694 - 150 * 257, 256),
     ("resnet18", "mlp"): Known(11_365_696, 128),
     # EfficientNet-Lite0 without its last convolution and classifier, and 472 channels to 128 with a norm.
-    ("timm:tf_efficientnet_lite0", "hrnet"): Known(LITE0 + 472 * 128 + 2 * 128, 128),
+    ("timm:tf_efficientnet_lite0", "hrnet"): Known(LITE0 + 472 * 256 + 2 * 256, 256),
     # HRNet without its head, a 3×3 convolution and norm, the projection, a norm, LayerNorm over classes.
     ("hrnet_w48", "official"): Known(
         (65_844_960 - 720 * 722) + 720 * (9 * 720 + 3) + 2 * 720 * 721 + 2 * 720, 720, 2
