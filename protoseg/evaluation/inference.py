@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_functions
 
-from protoseg.core.losses import Lerp, nearest_cells, upsampled_rows
+from protoseg.core.losses import Lerp, Widening, nearest_cells, upsampled_rows
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
@@ -264,17 +264,18 @@ def most_likely(
     probability = torch.empty(size, device=device) if confidence else None
     band = max(1, BAND_ELEMENTS.get(device.type, 2**24) // (len(views[0]) * size[1]))
     rows = [Lerp.between(view.shape[1], size[0], view) for view in views]
+    columns = [Widening(view.shape[2], size[1], view) for view in views]
     for top in range(0, size[0], band):
         at = slice(top, min(top + band, size[0]))
-        values = upsampled_rows(views[0], size[1], rows[0].part(at))
+        values = upsampled_rows(views[0], columns[0], rows[0].part(at))
         if len(views) == 1:
             best, classes[at] = values.max(0)
             if probability is not None:
                 probability[at] = (best - values.logsumexp(0)).exp()
         else:
             mean = values.softmax(0)
-            for view, its_rows in zip(views[1:], rows[1:]):
-                mean += upsampled_rows(view, size[1], its_rows.part(at)).softmax(0)
+            for view, its_columns, its_rows in zip(views[1:], columns[1:], rows[1:]):
+                mean += upsampled_rows(view, its_columns, its_rows.part(at)).softmax(0)
             best, classes[at] = mean.max(0)
             if probability is not None:
                 probability[at] = best / len(views)

@@ -7,6 +7,7 @@ from helpers import assert_close_report, peak_bytes, run_ranks
 
 from protoseg.core.losses import (
     Lerp,
+    Widening,
     downsample_labels,
     loss_scale,
     ppc_loss,
@@ -133,12 +134,16 @@ def test_ppc_and_ppd_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("cells", "size"), [((5, 7), (20, 28)), ((5, 7), (19, 26)), ((1, 1), (4, 3)), ((9, 8), (5, 6))]
+    ("cells", "size"),
+    [((5, 7), (20, 28)), ((5, 7), (19, 26)), ((1, 1), (4, 3)), ((9, 8), (5, 6)), ((2, 40), (3, 301))],
 )
 def test_rows_are_those_of_the_upsampled_map(cells: tuple[int, int], size: tuple[int, int]) -> None:
     logits = torch.randn(3, *cells, generator=torch.Generator().manual_seed(1))
     whole = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
-    rows = Lerp.between(cells[0], size[0], logits)
+    rows, columns = Lerp.between(cells[0], size[0], logits), Widening(cells[1], size[1], logits)
     for at in (slice(top, min(top + 3, size[0])) for top in range(0, size[0], 3)):
-        got = upsampled_rows(logits, size[1], rows.part(at))
+        got = upsampled_rows(logits, columns, rows.part(at))
         torch.testing.assert_close(got, whole[:, at], rtol=0, atol=1e-5)
+    error = torch.randn(3, cells[0], size[1], generator=torch.Generator().manual_seed(2))
+    forth, back = (columns.widen(logits) * error).sum(), (logits * columns.adjoint(error)).sum()
+    torch.testing.assert_close(forth, back, rtol=1e-4, atol=1e-4)
