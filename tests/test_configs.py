@@ -42,7 +42,7 @@ KNOWN = {
     ("mit_b4", "mlp"): Known(63_993_024, 768),
     ("mit_b0", "mlp"): Known(3_752_694 - 150 * 257, 256),
     ("resnet18", "mlp"): Known(11_365_696, 128),
-    # EfficientNet-Lite0 without its last convolution and classifier, and 472 channels to 128 with a norm.
+    # EfficientNet-Lite0 without its last convolution and classifier, and 472 channels to 256 with a norm.
     ("timm:tf_efficientnet_lite0", "hrnet"): Known(LITE0 + 472 * 256 + 2 * 256, 256),
     # HRNet without its head, a 3×3 convolution and norm, the projection, a norm, LayerNorm over classes.
     ("hrnet_w48", "official"): Known(
