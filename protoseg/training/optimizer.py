@@ -38,7 +38,7 @@ def build_optimizer(objective: Objective, config: OptimConfig) -> torch.optim.Op
             " decode head with weights"
         )
     if config.name == "adamw":
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=True)  # one pass over memory in place of ten
     return torch.optim.SGD(groups, momentum=config.momentum)
 
 
