@@ -5,7 +5,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +27,9 @@ def machine(device: torch.device) -> str:
     }
     name = found.get("model name") or platform.processor()
     numbers = [f"{word} {found[key]}" for word, key in (("family", "cpu family"), ("model", "model"))]
-    units = [word for word in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if word in found.get("flags", "")]
+    units = [
+        word for word in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if word in found.get("flags", "")
+    ]
     return f"{name} ({', '.join([*numbers, *units])}), {torch.get_num_threads()} threads"
 
 
@@ -43,7 +45,7 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def alternating(
-    works: dict[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 2
+    works: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of every call of each, one after the other, so that all meet the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in works}

@@ -4,16 +4,21 @@ A program is a function that imports what it needs (ImportError if it is not ins
 """
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from benchmarks._measure import memory_now_gb
 from torch import Tensor, nn
 
 from protoseg.config import config_from
 from protoseg.data.loader import Batch
+from protoseg.evaluation.inference import segment_together
 from protoseg.models.mit import HEADS, MIT
+from protoseg.runtime.memory import peak_memory_gb
 from protoseg.training.step import Run, build_run, train_step
 
 Work = Callable[[], object]
@@ -86,8 +91,9 @@ def ours(classifier: str) -> Callable[[Case], Program]:
         batch = make_batch(case)
 
         def predict(images: Tensor) -> Tensor:
-            from protoseg.evaluation.inference import segment_together
-
+            run.model.eval()
+            if run.model.prototypes is not None:
+                run.model.prototypes.initialized.fill_(True)
             return torch.stack([found.classes for found in segment_together(run.model, images)])
 
         return Program(lambda: train_step(run, batch), predict, run)
@@ -113,6 +119,7 @@ def theirs(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], logits: A
         return value.item()
 
     def predict(images: Tensor) -> Tensor:
+        model.eval()
         with torch.inference_mode():
             full = nn.functional.interpolate(
                 logits(prepared(images)), images.shape[2:], mode="bilinear", align_corners=False
@@ -127,14 +134,14 @@ def hugging_face() -> Callable[[Case], Program]:
 
     def build(case: Case) -> Program:
         dims, depths = MIT[case.backbone]
+        options: dict[str, Any] = {"num_labels": case.classes, "semantic_loss_ignore_index": IGNORE}
         config = SegformerConfig(
             hidden_sizes=list(dims),
             depths=list(depths),
             num_attention_heads=list(HEADS),
             decoder_hidden_size=case.dim,
             drop_path_rate=DROP_PATH,
-            num_labels=case.classes,
-            semantic_loss_ignore_index=IGNORE,
+            **options,
         )
         model: Any = SegformerForSemanticSegmentation(config)
         return theirs(model, lambda x, y: model(x, labels=y).loss, lambda x: model(x).logits, case)
@@ -210,3 +217,26 @@ def installed(names: list[str]) -> dict[str, Callable[[Case], Program]]:
         except ImportError as error:
             print(f"without {name}: {error}")
     return found
+
+
+def peaks(names: list[str], case: Case, what: Literal["step", "predict"]) -> dict[str, float]:
+    """Peak memory of two steps or predictions, beyond the imports, in GB: each program in a fresh process."""
+    found = {}
+    for name in names:
+        with ProcessPoolExecutor(1, get_context("spawn")) as one:
+            found[name] = one.submit(_peak_gb, name, case, what, torch.get_num_threads()).result()
+    return found
+
+
+def _peak_gb(name: str, case: Case, what: str, threads: int) -> float:
+    torch.set_num_threads(threads)
+    build = PROGRAMS[name]()
+    before = memory_now_gb(torch.device(case.device))
+    program = build(case)
+    images = make_batch(case).image.to(case.device)
+    for _ in range(2):
+        if what == "step":
+            program.step()
+        else:
+            program.predict(images)
+    return peak_memory_gb(torch.device(case.device)) - before

@@ -1,4 +1,6 @@
-"""The prototype head against a straightforward one: forward, backward, clustering and update of one step.
+"""The prototype head against the method in plain torch (`protoseg.core.reference`): one step of each.
+
+Forward, backward, clustering and update:
 
     python tools/benchmark.py head [--device cpu|cuda] [--repeats 5] [--case N D C K ...] [--threads 2]
 
@@ -9,65 +11,29 @@ alive beyond the inputs, from the allocator's own events (CUDA: max_memory_alloc
 """
 
 import argparse
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from benchmarks._measure import machine, peak_bytes, timed
+from torch import Tensor
 
+from protoseg.core import reference
 from protoseg.core.prototypes import PrototypeHead
 
 CASES = ((32768, 256, 150, 10), (32768, 256, 19, 10), (8192, 256, 847, 10))
 IGNORE = 255 * 255
+MOMENTUM = 0.99
 
 
-class StraightforwardHead(nn.Module):
-    """What one writes first: a loop over classes, similarities computed twice, PPC by `cross_entropy`."""
-
-    prototypes: Tensor
-
-    def __init__(self, prototypes: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("prototypes", prototypes.clone())
-
-    def step(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Loss of one batch; moves the prototypes."""
-        num_classes, num_prototypes, dim = self.prototypes.shape
-        emb = F.normalize(features.permute(0, 2, 3, 1).reshape(-1, dim), dim=1)
-        label = labels.flatten()
-        scores = torch.einsum("nd,ckd->nck", emb, self.prototypes).amax(2)
-        logits = 10 * scores.view(*labels.shape, num_classes).permute(0, 3, 1, 2)
-        sims = emb @ self.prototypes.view(-1, dim).t()
-        target = torch.full_like(label, IGNORE)
-        new = self.prototypes.clone()
-        with torch.no_grad():
-            for c in range(num_classes):
-                mine = label == c
-                if not mine.any():
-                    continue
-                own = sims[mine][:, c * num_prototypes : (c + 1) * num_prototypes]
-                plan = ((own - 1) / 0.05).exp()
-                for _ in range(3):
-                    plan = plan / plan.sum(0, keepdim=True)
-                    plan = plan / plan.sum(1, keepdim=True)
-                index = plan.argmax(1)
-                target[mine] = c * num_prototypes + index
-                one_hot = F.one_hot(index, num_prototypes).to(emb.dtype)
-                sums = one_hot.t() @ emb[mine]
-                moved = F.normalize(0.99 * new[c] + 0.01 * F.normalize(sums, dim=1), dim=1)
-                new[c] = torch.where(one_hot.sum(0)[:, None] > 0, moved, new[c])
-        valid = target != IGNORE
-        ppc = F.cross_entropy(sims / 0.1, target, ignore_index=IGNORE)
-        positive = sims[valid].gather(1, target[valid][:, None])
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE)
-        loss = loss + 0.01 * ppc + 0.01 * (1 - positive).square().mean()
-        loss.backward()
-        self.prototypes.copy_(new)
-        return loss.detach()
+def straightforward(protos_CKD: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """Loss of one batch by `protoseg.core.reference`; moves the prototypes in place."""
+    emb_ND = F.normalize(features.permute(0, 2, 3, 1).reshape(-1, protos_CKD.shape[2]), dim=1)
+    label_N = torch.where(labels == IGNORE, -1, labels).flatten()
+    loss, moved_CKD = reference.step(emb_ND, label_N, protos_CKD, momentum=MOMENTUM)
+    loss.backward()
+    protos_CKD.copy_(moved_CKD)
+    return loss.detach()
 
 
 def ours(head: PrototypeHead, features: Tensor, labels: Tensor) -> Tensor:
@@ -77,37 +43,6 @@ def ours(head: PrototypeHead, features: Tensor, labels: Tensor) -> Tensor:
     loss.backward()
     head.update_(out)
     return loss.detach()
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Largest sum of tensors alive at a time during one call, beyond those alive before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as prof:
-        function()
-    events = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def measure(
@@ -138,11 +73,11 @@ def measure(
         k,
         ignore_index=IGNORE,
         start="random",
-        logit_scale=10,
-        momentum=0.99,  # as the other has them
+        momentum=MOMENTUM,
+        prior="none",  # so that both losses are the same number
         score_dtype="float32" if dtype == torch.float32 else "bfloat16",
     ).to(device)
-    plain = StraightforwardHead(head.prototypes).to(device)
+    plain = head.prototypes.clone()
     pixels = features.detach().permute(0, 2, 3, 1).reshape(-1, d)
     rows = head.prototypes.flatten(0, 1).to(dtype, copy=True)
     sims = torch.empty(len(pixels), len(rows), device=device, dtype=dtype)
@@ -155,7 +90,7 @@ def measure(
     def run_plain() -> Tensor:
         features.grad = None
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32):
-            return plain.step(features, labels)
+            return straightforward(plain, features, labels)
 
     def two_products() -> None:
         torch.mm(pixels, rows.t(), out=sims)
@@ -208,13 +143,3 @@ def main(argv: list[str]) -> None:
     for case in args.case or CASES:
         n, d, c, k = case
         print_row(n, d, c, k, measure(n, d, c, k, device, args.repeats))
-
-
-def machine(device: torch.device) -> str:
-    """Its name and how much of it is used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"

@@ -8,9 +8,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from benchmarks._measure import alternating, machine, ratio
+from benchmarks._programs import PEERS, Case, installed, make_batch, peaks
 
 from protoseg.config import config_from
 from protoseg.evaluation.inference import InferenceSettings, protocol_for, segment
@@ -37,7 +40,16 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="the exported graph in onnxruntime against torch, whole, medians of 5",
     )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        choices=list(PEERS),
+        help="other programs' SegFormer with upsampling and argmax, whole, alternating",
+    )
     args = parser.parse_args(argv)
+    if args.against:
+        against_programs(args)
+        return
     values = {"backbone": {"name": args.backbone}, "decode_head": {"dim": args.dim}}
     model = build_model(config_from(values | {"prototypes": {"start": "random"}}, "benchmark"), args.classes)
     if args.onnx:
@@ -59,6 +71,25 @@ def main(argv: list[str]) -> None:
         f"{args.backbone}, {args.classes} classes, {args.size[1]}×{args.size[0]} {shown}, {device.type}:"
         f" peak {peak_memory_gb(device):.2f} GB (before the image {before:.2f} GB), {seconds:.1f} s"
     )
+
+
+def against_programs(args: argparse.Namespace) -> None:
+    """Class ids of one image at its own size, untrained models; 150 classes unless asked otherwise."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = args.backbone.replace("mit", "segformer")
+    case = Case(model, args.classes, tuple(args.size), batch=1, device=device.type)
+    builders = installed([*args.against, "linear", "prototypes"])
+    images = make_batch(case).image.to(device)
+    predictions = {name: build(case).predict for name, build in builders.items()}
+    works = {name: partial(predict, images) for name, predict in predictions.items()}
+    seconds, gb = alternating(works, device, 5), peaks(list(works), case, "predict")
+    print(f"{machine(device)}: {model}, {args.classes} classes, {args.size[1]}×{args.size[0]}, medians of 5")
+    for name, its in seconds.items():
+        against = ratio(its, seconds["prototypes"])
+        print(
+            f"{name}: {1 / statistics.median(its):.2f} images/s, {against:.2f} times the time of prototypes,"
+            f" peak {gb[name]:.2f} GB beyond the imports"
+        )
 
 
 def against_onnxruntime(model: Segmenter, size: list[int]) -> None:

@@ -1,22 +1,20 @@
-"""A training step of SegFormer: ours with both classifiers against other programs', alternating in one process.
+"""A training step of SegFormer: ours with both classifiers against other programs', alternating in a process.
 
     python tools/benchmark.py step [--models segformer_b0 ...] [--against hf smp mmseg linear]
         [--classes 150] [--size 256] [--batch 2] [--prototypes 10] [--precision fp32] [--threads 2]
 
 One step: forward, cross-entropy at label size (ours with prototypes: PPC and PPD too), backward, AdamW, and
 the update of the prototypes; ours is the trainer's own step. hf is Hugging Face's transformers, smp
-segmentation_models_pytorch (extra `peers`), mmseg mmsegmentation. Peak memory is that of a process of its own,
+segmentation_models_pytorch (extra `peers`), mmseg mmsegmentation. Peak memory: of a process of its own,
 beyond what it had after the imports. Floors are what a part cannot be faster than on this machine: its
 multiplications at the measured rate of a product of that shape, its exponentials and its bytes at theirs.
 """
 
 import argparse
 import statistics
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -25,17 +23,15 @@ from benchmarks._measure import (
     copy_rate,
     exp_rate,
     machine,
-    memory_now_gb,
     product_rate,
     ratio,
 )
-from benchmarks._programs import MODELS, PEERS, PROGRAMS, Case, Program, installed
+from benchmarks._programs import MODELS, PEERS, Case, Program, installed, peaks
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from protoseg.core.similarity import k_major, pixels_at_once
-from protoseg.runtime.memory import peak_memory_gb
 from protoseg.training.step import Run
 
 PROFILED = 3  # steps
@@ -50,26 +46,6 @@ PARTS = (
     "optimiser",
     "update",
 )
-
-
-def peak_gb(name: str, case: Case, threads: int) -> float:
-    """Of two steps, beyond what the process had after the imports."""
-    torch.set_num_threads(threads)
-    build = PROGRAMS[name]()
-    before = memory_now_gb(torch.device(case.device))
-    program = build(case)
-    for _ in range(2):
-        program.step()
-    return peak_memory_gb(torch.device(case.device)) - before
-
-
-def peaks(names: list[str], case: Case) -> dict[str, float]:
-    """Peak memory of each program, each in a fresh process."""
-    found = {}
-    for name in names:
-        with ProcessPoolExecutor(1, get_context("spawn")) as one:
-            found[name] = one.submit(peak_gb, name, case, torch.get_num_threads()).result()
-    return found
 
 
 def shares(run: Run, step: Callable[[], object]) -> tuple[dict[str, float], float]:
@@ -91,7 +67,7 @@ def shares(run: Run, step: Callable[[], object]) -> tuple[dict[str, float], floa
                 step()
     for owner, method, _ in named:
         delattr(owner, method)
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for event in profile.events():
         parents, parent = [], event.cpu_parent
         while parent is not None:
@@ -196,7 +172,7 @@ def main(argv: list[str]) -> None:
     )
     for model in args.models:
         case = replace(case, model=model)
-        gb = {} if "peaks" in args.without else peaks(list(builders), case)
+        gb = {} if "peaks" in args.without else peaks(list(builders), case, "step")
         programs = {name: build(case) for name, build in builders.items()}
         works = {name: program.step for name, program in programs.items()}
         seconds = alternating(works, device, args.repeats)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.head import peak_bytes
+from benchmarks._measure import peak_bytes
 from gpu_checks.job import Job
 
 Work = Callable[[], object]
