@@ -1,7 +1,7 @@
 """A trained model as a graph for other programs: ONNX, or a torch.export program.
 
-uint8 RGB images (B, 3, H, W) in, maps of the same size out; batch, height and width are free, from SMALLEST
-pixels on. Mean and scale are inside.
+uint8 RGB images (B, 3, H, W) in, maps of the same size out; batch, height and width are free, from
+`smallest_side` pixels on. Mean and scale are inside.
 """
 
 import json
@@ -76,15 +76,24 @@ def graph_of(model: Segmenter, output: str) -> SegmentationGraph:
     return SegmentationGraph(model.eval(), names).eval()
 
 
+def smallest_side(model: Segmenter) -> int:
+    """Rows and columns from which on a graph holds: of a Swin, where every map is more than one window.
+
+    A single window would be an axis of size 1, which torch.export does not leave free.
+    """
+    net = model.backbone.net
+    if not isinstance(net, Swin):
+        return SMALLEST
+    return net.strides[-1] * net.net.layers[0].blocks[0].window_size[0] + 1
+
+
 def exported_program(graph: SegmentationGraph) -> torch.export.ExportedProgram:
     """The graph with free batch, height and width. Errors: UserError naming the layer that cannot."""
-    if isinstance(graph.model.backbone.net, Swin):
-        # torch.export's reasoning about padded windows of free size does not come to an end.
-        raise UserError("export: a Swin cannot be made a graph of free size; use --format safetensors")
-    side = torch.export.Dim.DYNAMIC(min=SMALLEST)
+    smallest = smallest_side(graph.model)
+    side = torch.export.Dim.DYNAMIC(min=smallest)
     free = {0: torch.export.Dim.DYNAMIC(min=1), 2: side, 3: side}
     # Odd sides: nothing may depend on a side that divides.
-    example = torch.zeros(2, 3, SMALLEST + 33, SMALLEST + 67, dtype=torch.uint8)
+    example = torch.zeros(2, 3, smallest + 33, smallest + 67, dtype=torch.uint8)
     last = LastLayer(graph)
     try:
         with torch.no_grad():
@@ -112,6 +121,9 @@ class LastLayer:
 
 def write_program(path: Path, graph: SegmentationGraph, about: dict[str, Any]) -> None:
     """Write a torch.export program (.pt2); `about` goes along as protoseg.json (see `read_about`)."""
+    if isinstance(graph.model.backbone.net, Swin):
+        # Its program guards against a batch of one, which the same graph takes in ONNX.
+        raise UserError("export: a Swin cannot be made a torch program for single images; use --format onnx")
     program = exported_program(graph)
     with whole_file(path) as part, open(part, "wb") as file:
         torch.export.save(program, file, extra_files={"protoseg.json": json.dumps(about)})

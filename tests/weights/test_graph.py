@@ -16,7 +16,7 @@ from torch import nn
 
 import protoseg
 from protoseg.commands.cli import execute
-from protoseg.commands.export import onnx_runner, program_runner
+from protoseg.commands.export import check, onnx_runner, program_runner
 from protoseg.evaluation.inference import segment
 from protoseg.models.backbones import BACKBONES, ResNet
 from protoseg.models.checkpoint import load_segmenter, save_segmenter
@@ -24,7 +24,7 @@ from protoseg.models.hrnet import HRNet
 from protoseg.models.mit import DIMS_SMALL, MixTransformer
 from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.errors import UserError
-from protoseg.weights.graph import OUTPUTS, exported_program, graph_of
+from protoseg.weights.graph import OUTPUTS, exported_program, graph_of, write_onnx
 
 SIZES = [(1, 64, 64), (2, 79, 133), (1, 150, 66)]
 # Of the large kinds one block of each sort, since every operation is traced and translated.
@@ -135,11 +135,23 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
         exported_program(graph_of(model, "labels"))
 
 
-def test_a_swin_is_refused_for_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = checkpoint(tmp_path / "last.pt", backbone={"name": "swin_t"})
-    assert execute("export", [str(path)]) == 2
-    assert "a Swin cannot be made a graph of free size" in capsys.readouterr().err
-    assert execute("export", [str(path), "--format", "safetensors"]) == 0
+def test_a_swin_at_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint(tmp_path / "whole.pt", backbone={"name": "swin_t"})
+    model = load_segmenter(path)[0]
+    for layer in model.backbone.net.net.layers:
+        del layer.blocks[2:]
+    graph = graph_of(model, "labels")
+    write_onnx(tmp_path / "model.onnx", graph, {})
+    run = onnx_runner(tmp_path / "model.onnx")
+    for size in ((1, 225, 225), (2, 231, 260), (1, 300, 226)):
+        images = torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8)
+        with torch.inference_mode():
+            (expected,) = graph(images)
+        assert (torch.from_numpy(run(images.numpy())[0]) == expected).float().mean() > 0.999
+    check(graph, run)
+    assert "1 × 257 × 289" in capsys.readouterr().out
+    assert execute("export", [str(path), "--format", "torch"]) == 2
+    assert "a Swin cannot be made a torch program" in capsys.readouterr().err
 
 
 def test_an_extra_that_is_missing_is_named(
