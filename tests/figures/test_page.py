@@ -224,7 +224,7 @@ def test_filter_views_and_colours(page: Any) -> None:
 
     pictures = {pixels()}
     Select(css(page, "#filter")[0]).select_by_visible_text("thing")
-    assert [heading.text for heading in css(page, "#prototypes h3")] == ["thing"]
+    assert [heading.text for heading in css(page, "#prototypes h3")] == ["thing\n3.0 of 3 in use"]
     assert len(css(page, ".card")) == 3
     pictures.add(pixels())
     Select(css(page, "#filter")[0]).select_by_visible_text("all")
