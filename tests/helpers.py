@@ -34,6 +34,21 @@ def unit_vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32)
     )
 
 
+SIZES = [(23, 5, 4, 3), (7, 3, 1, 4), (9, 4, 3, 1), (1, 2, 2, 2), (5, 2, 1, 1), (40, 6, 3, 10)]  # N D C K
+
+
+def case(
+    n: int, d: int, c: int, k: int, dtype: torch.dtype = torch.double, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random unit embeddings (n, d), prototypes (c, k, d) and labels (n,) from −1 on."""
+    emb, protos = (
+        unit_vectors(n, d, seed=seed, dtype=dtype),
+        unit_vectors(c, k, d, seed=seed + 1, dtype=dtype),
+    )
+    labels = torch.randint(-1, c, (n,), generator=torch.Generator().manual_seed(seed))
+    return emb, protos, labels
+
+
 def brute_scores(
     emb: Tensor, protos: Tensor, labels: Tensor, temperature: float, live: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,3 +26,14 @@ def checkpointed(function: Callable[..., Any], *inputs: Tensor, grad_checkpointi
     if grad_checkpointing:
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
+
+
+# Not by way of negative numbers: ONNX rounds their quotients towards zero.
+def cells(pixels: int, side: int) -> int:
+    """How many cells hold so many pixels, the last one perhaps in part."""
+    return (pixels + side - 1) // side
+
+
+def filling(pixels: int, side: int) -> int:
+    """Pixels that the last cell lacks."""
+    return cells(pixels, side) * side - pixels

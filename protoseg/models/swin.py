@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.models.maps import checkpointed
+from protoseg.models.maps import cells, checkpointed, filling
 
 SWINS = {
     "swin_t": "swin_tiny_patch4_window7_224",
@@ -54,7 +54,7 @@ class Swin(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         checkpointing = self.grad_checkpointing and self.training
         patch = self.net.patch_embed.patch_size
-        rows, columns = (spare(side, cell) for side, cell in zip(image.shape[-2:], patch))
+        rows, columns = (filling(side, cell) for side, cell in zip(image.shape[-2:], patch))
         x_BHWC = self.net.patch_embed(F.pad(image, (0, columns, 0, rows)))
         maps = []
         for layer, norm in zip(self.net.layers, self.norms):
@@ -74,19 +74,9 @@ def block_forward(block: Any, x_BHWC: Tensor, mask_Gnn: Tensor) -> Tensor:
     return x_BHWC + block.drop_path2(block.mlp(block.norm2(x_BHWC)))
 
 
-def cells(side: int, cell: int) -> int:
-    """How many cells cover a side."""
-    return (side + cell - 1) // cell
-
-
-def spare(side: int, cell: int) -> int:
-    """What a side lacks to whole cells."""
-    return cells(side, cell) * cell - side
-
-
 def padded_map(x_BHWC: Tensor, cell: tuple[int, int]) -> Tensor:
     """The map with zeros at the bottom and right, to whole cells."""
-    rows, columns = (spare(side, each) for side, each in zip(x_BHWC.shape[1:3], cell))
+    rows, columns = (filling(side, each) for side, each in zip(x_BHWC.shape[1:3], cell))
     return F.pad(x_BHWC, (0, 0, 0, columns, 0, rows))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from protoseg.models.maps import resize
+from protoseg.models.maps import cells, filling, resize
 from protoseg.runtime.errors import UserError
 
 # What lets timm's networks take any size; the first one that the network knows is used.
@@ -115,17 +115,6 @@ class TimmFeatures(nn.Module):
             raise UserError(
                 "backbone.grad_checkpointing: this timm model cannot do it; set it to false"
             ) from error
-
-
-# Not by way of negative numbers: ONNX rounds their quotients towards zero.
-def cells(pixels: int, side: int) -> int:
-    """How many cells hold so many pixels, the last one perhaps in part."""
-    return (pixels + side - 1) // side
-
-
-def filling(pixels: int, side: int) -> int:
-    """Pixels that the last cell lacks."""
-    return cells(pixels, side) * side - pixels
 
 
 class PlainPyramid(nn.Module):

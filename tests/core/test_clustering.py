@@ -3,9 +3,11 @@
 import pytest
 import torch
 from helpers import (
+    SIZES,
     assert_close_report,
     brute_sinkhorn,
     brute_update,
+    case,
     run_ranks,
     unit_vectors,
 )
@@ -15,17 +17,6 @@ from protoseg.core.clustering import assign, cluster_means, momentum_update, sin
 from protoseg.core.health import dead_prototypes, health
 from protoseg.core.pixel_scores import log_sum_exp, prototype_scores
 from protoseg.core.similarity import class_scores, own_similarities, unit
-
-SIZES = [(23, 5, 4, 3), (7, 3, 1, 4), (9, 4, 3, 1), (1, 2, 2, 2), (5, 2, 1, 1), (40, 6, 3, 10)]  # N D C K
-
-
-def case(n, d, c, k, dtype=torch.double, seed=0):
-    emb, protos = (
-        unit_vectors(n, d, seed=seed, dtype=dtype),
-        unit_vectors(c, k, d, seed=seed + 1, dtype=dtype),
-    )
-    labels = torch.randint(-1, c, (n,), generator=torch.Generator().manual_seed(seed))
-    return emb, protos, labels
 
 
 @pytest.mark.parametrize("sizes", SIZES)

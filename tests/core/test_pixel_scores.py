@@ -2,22 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_close_report, brute_scores, unit_vectors
+from helpers import SIZES, assert_close_report, brute_scores, case
 
 from protoseg.core import pixel_scores, similarity
 from protoseg.core.pixel_scores import log_sum_exp, prototype_scores
 from protoseg.core.similarity import class_scores, own_similarities, unit, unit_rows
-
-SIZES = [(23, 5, 4, 3), (7, 3, 1, 4), (9, 4, 3, 1), (1, 2, 2, 2), (5, 2, 1, 1), (40, 6, 3, 10)]  # N D C K
-
-
-def case(n, d, c, k, dtype=torch.double, seed=0):
-    emb, protos = (
-        unit_vectors(n, d, seed=seed, dtype=dtype),
-        unit_vectors(c, k, d, seed=seed + 1, dtype=dtype),
-    )
-    labels = torch.randint(-1, c, (n,), generator=torch.Generator().manual_seed(seed))
-    return emb, protos, labels
 
 
 def of_map(features, protos, labels, live=None, scale=1.0, offset=0.0, **options):
