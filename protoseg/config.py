@@ -41,6 +41,7 @@ class DataConfig(Section):
     palette: list[tuple[int, int, int]] | None = None
     ignore_index: Annotated[int, Field(ge=0)] | None = None
     label_map: dict[int, int | str] | None = None  # raw id → class id, class name or "ignore"
+    tree: Literal["shipped"] | dict[Any, Any] | None = None  # shipped: the dataset's own; see docs/trees.md
     exclude: Path | None = None  # text file of images or labels to leave out, one per line
     exif: Literal["apply", "ignore"] = "apply"  # turn images as their orientation tag says, as viewers do
     value_range: Literal["auto"] | tuple[float, float] = "auto"  # what becomes 0 and 255; auto: see README
@@ -101,13 +102,17 @@ class DecodeHeadConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights: the total is CE + ppc·PPC + ppd·PPD + auxiliary·(auxiliary CE) + contrast·(pixel contrast)."""
+    """Weights: the total is CE + ppc·PPC + ppd·PPD + auxiliary·(auxiliary CE) + contrast·(pixel contrast)
+    + tree·(tree-min cross-entropy) + tree_triplet·(tree-triplet loss).
+    """
 
     ppc: NonNegative = 0.01
     ppc_pixels: Annotated[float, Field(gt=0, le=1)] = 0.125  # share of the pixels that PPC is computed of
     ppd: NonNegative = 0.01
     auxiliary: NonNegative = 0.4
     contrast: NonNegative = 1.0  # λ of the pixel contrast, where contrast.mode switches it on
+    tree: NonNegative = 0.0  # the last two: with data.tree
+    tree_triplet: NonNegative = 0.0
     class_weights: list[NonNegative] | None = None
 
 
@@ -179,6 +184,13 @@ class Config(Section):
                 "data.cache_features keeps whole images as they are: set data.scale: [1, 1], flip: 0,"
                 " photometric: false, on_error: raise; or cache_features: false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tree_terms_have_a_tree(self) -> "Config":
+        for name in ("tree", "tree_triplet"):
+            if getattr(self.loss, name) and self.data.tree is None:
+                raise ValueError(f"loss.{name} needs a label tree: give data.tree, or set loss.{name}: 0")
         return self
 
     @model_validator(mode="after")

@@ -13,14 +13,14 @@ import pytest
 HOUSE = {
     "core": [
         "reference similarity losses draws settings",
-        "clustering health pixel_scores contrast_memory",
+        "clustering health pixel_scores contrast_memory tree_losses",
         "editing update contrast_sampling",
         "prototypes contrast",
     ],
     "runtime": ["errors signals", "distributed files memory console shipped strict_yaml config_keys"],
     "config": [],
     "data": [
-        "reading.pixels reading.label_ids reading.text_lists classes.palette transforms",
+        "reading.pixels reading.label_ids reading.text_lists classes.palette transforms tree",
         "reading.value_range classes.published digits",
         "reading.decode",
         "reading.pairing file_dataset",
@@ -44,7 +44,7 @@ HOUSE = {
         "foreign_backbone",
         "foreign_segmenter",
     ],
-    "evaluation": ["inference nearest_patches prototype_use", "scores predictor", "tables"],
+    "evaluation": ["inference nearest_patches prototype_use level_scores", "scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures", "page"],
     "training": ["objective feature_cache placement track", "optimizer log", "step", "resume", "loop"],
     "commands": [

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_overrides
 from protoseg.config import merge_into_trained
-from protoseg.data.datasets import open_dataset
+from protoseg.data.datasets import data_tree, open_dataset
 from protoseg.data.file_dataset import in_short, with_classes
 from protoseg.data.loader import EvalLoader
 from protoseg.evaluation.inference import segment
+from protoseg.evaluation.level_scores import ConsistencyCount
 from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate
 from protoseg.evaluation.tables import (
     RunScores,
@@ -44,6 +45,9 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
     ignored = [name for name in given.classes if name not in dataset.classes]
     if ignored and distributed.is_main():
         print(f"note: {path} has no class {in_short(ignored)}: these labels are ignored", flush=True)
+    # A model whose classes were edited after training, or scored on other data, may have none of the tree.
+    tree = data_tree(config.data, dataset.classes) if dataset is given else None
+    count = None if tree is None else ConsistencyCount(tree, device)
     model = model.to(device)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     with (
@@ -51,15 +55,19 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
         autocast(config, device),
     ):
         scores = evaluate(
-            lambda image, size: segment(model, image, size, protocol, confidence=True),
+            lambda image, size: segment(
+                model, image, size, protocol, confidence=True, on_band=None if count is None else count.add
+            ),
             with_bar(loader, str(path), len(loader), shown=distributed.is_main()),
             dataset.classes,
             dataset.ignore_index,
             device,
             boundary_ratio=args.boundary,
+            tree=tree,
         )
     unlabelled = tuple(i for i, name in enumerate(dataset.classes) if name not in given.classes)
-    scores = replace(scores, unlabelled=unlabelled)
+    consistency = None if count is None else distributed.all_reduce(count.counts).cpu()
+    scores = replace(scores, unlabelled=unlabelled, consistency=consistency)
     facts = {
         "run": str(path),
         "step": content["step"],
@@ -85,7 +93,7 @@ def write_figures(folder: Path, run: RunScores) -> None:
     scores = run.scores
     assert scores.bins is not None, "the command counts everything"
     figures = {
-        "confusion": confusion_figure(scores.confusion, scores.classes),
+        "confusion": confusion_figure(scores.confusion, scores.classes, scores.tree),
         "reliability": reliability_figure(scores.bins, scores.calibration_error),
     }
     for name, figure in figures.items():

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from protoseg.config import Config, load_config, to_plain
-from protoseg.data.datasets import open_dataset
+from protoseg.data.datasets import data_tree, open_dataset
 from protoseg.data.loader import EvalLoader
 from protoseg.evaluation.inference import segment
 from protoseg.evaluation.scores import evaluate
@@ -65,6 +65,7 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
             train_set.classes,
             model.ignore_index,
             device,
+            tree=data_tree(config.data, train_set.classes),
         )
     assert model.prototypes is not None
     results = {

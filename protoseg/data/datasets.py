@@ -1,6 +1,6 @@
 """From the data section of a configuration to a dataset that can be read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from protoseg.data.reading.pairing import Split, check_pairing, pair_files
 from protoseg.data.reading.text_lists import is_hidden, read_excluded
 from protoseg.data.reading.value_range import measure_range
 from protoseg.data.specs import DATASETS, DatasetSpec, folder_split
+from protoseg.data.tree import LabelTree, label_tree
 from protoseg.runtime.errors import UserError
 
 
@@ -78,7 +79,7 @@ def data_root(data: DataConfig) -> Path:
 
 def label_ids(spec: DatasetSpec) -> LabelIds:
     """From the raw ids in its files to its class ids."""
-    return LabelIds(len(spec.classes), spec.ignore_index, spec.label_map)
+    return LabelIds(len(spec.label_names), spec.ignore_index, spec.label_map)
 
 
 def find_split(data: DataConfig, split: str) -> Split:
@@ -123,8 +124,10 @@ def dataset_spec(data: DataConfig) -> DatasetSpec:
             "remove them, or use name: folder"
         )
     if data.classes is None:
+        data_tree(data, spec.classes)
         return spec
     classes = digits.known_classes(data.classes)  # some of the digits
+    data_tree(data, classes)
     return replace(spec, classes=classes, palette=digits.colours(classes))
 
 
@@ -148,22 +151,47 @@ def _folder_spec(spec: DatasetSpec, data: DataConfig) -> DatasetSpec:
         raise UserError(
             f"data.palette: wants {len(names)} RGB triples of 0-255, one per class; got {len(palette)}"
         )
-    label_map = data.label_map
+    label_map, tree, nodes = data.label_map, data_tree(data, names), spec.nodes
     if label_map is not None:
-        label_map = {raw: _target(raw, target, names) for raw, target in label_map.items()}
-    return replace(spec, classes=names, palette=palette, ignore_index=ignored, label_map=label_map)
+        above = {} if tree is None else {name: v for v, name in enumerate(tree.names) if v >= len(names)}
+        label_map = {raw: _target(raw, target, names, above) for raw, target in label_map.items()}
+        if any(target in above.values() for target in label_map.values()):
+            nodes = tuple(above)
+            if not len(names) + len(nodes) <= ignored:
+                raise UserError(
+                    f"data.ignore_index: {ignored} is the id of a node of data.tree;"
+                    f" give {len(names) + len(nodes)} or more, and map the raw id in data.label_map"
+                )
+    return replace(
+        spec, classes=names, palette=palette, ignore_index=ignored, label_map=label_map, nodes=nodes
+    )
 
 
-def _target(raw: int, target: int | str, names: Sequence[str]) -> int | str:
+def data_tree(data: DataConfig, classes: Sequence[str]) -> LabelTree | None:
+    """The label tree over these classes that the configuration asks for. Errors: UserError."""
+    if data.tree is None:
+        return None
+    nested = DATASETS[data.name].tree if data.tree == "shipped" else data.tree
+    if nested is None:
+        shipped = [name for name, spec in DATASETS.items() if spec.tree is not None]
+        raise UserError(
+            f"data.tree: none is shipped for '{data.name}', only for {', '.join(shipped)}; write it out"
+        )
+    return label_tree(nested, classes)
+
+
+def _target(raw: int, target: int | str, names: Sequence[str], above: Mapping[str, int]) -> int | str:
     if not 0 <= raw < 1 << 16:
         raise UserError(f"data.label_map: raw id {raw!r} must be a whole number from 0 to 65535")
     if target == IGNORE:
         return target
     if target in names:
         return names.index(str(target))
+    if target in above:
+        return above[str(target)]
     if isinstance(target, int) and 0 <= target < len(names):
         return target
     raise UserError(
         f"data.label_map: raw id {raw} goes to {target!r}, which is no class id 0-{len(names) - 1}, "
-        f"no class name and not '{IGNORE}'"
+        f"no class name, no node of data.tree and not '{IGNORE}'"
     )

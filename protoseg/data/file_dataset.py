@@ -90,7 +90,8 @@ class RenumberedDataset:
         self.ignore_index = max(dataset.ignore_index, len(classes))
         dtype = torch.uint8 if self.ignore_index < 256 else torch.int32
         ids = [classes.index(name) if name in classes else self.ignore_index for name in dataset.classes]
-        self._ids = torch.tensor([*ids, self.ignore_index], dtype=dtype)
+        others = dataset.ignore_index + 1 - len(ids)  # inner nodes of a label tree, and what is ignored
+        self._ids = torch.tensor([*ids, *[self.ignore_index] * others], dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -109,8 +110,7 @@ class RenumberedDataset:
         return self._renumbered(self.dataset.label(index))
 
     def _renumbered(self, label: torch.Tensor) -> torch.Tensor:
-        ignored = label == self.dataset.ignore_index
-        return self._ids[label.long().masked_fill(ignored, len(self._ids) - 1)]
+        return self._ids[label.long()]
 
 
 def with_classes(dataset: Dataset, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> Dataset:

@@ -57,7 +57,8 @@ def count_classes(dataset: Dataset, skip_unreadable: bool = False, threads: int 
             if skip_unreadable:
                 return np.zeros(len(dataset.classes), dtype=np.int64)
             raise
-        return np.bincount(label[label != dataset.ignore_index], minlength=len(dataset.classes))
+        counts = np.bincount(label[label != dataset.ignore_index], minlength=len(dataset.classes))
+        return counts[: len(dataset.classes)]  # what follows are inner nodes of a label tree
 
     with ThreadPoolExecutor(threads) as pool:
         return np.stack(list(pool.map(count, range(len(dataset)))))

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from protoseg.data import digits
 from protoseg.data.classes.palette import Palette, default_palette
-from protoseg.data.classes.published import ADE20K_FULL_HIGHEST_ID, LISTS
+from protoseg.data.classes.published import ADE20K_FULL_HIGHEST_ID, LISTS, TREES
 from protoseg.data.file_dataset import ReadIds
 from protoseg.data.reading.decode import read_ade20k_ids, read_label_ids, read_mat_ids
 from protoseg.data.reading.label_ids import IGNORE, LabelMap
@@ -26,6 +27,14 @@ class DatasetSpec:
     ignore_index: int = 255
     label_map: LabelMap | None = field(default=None, repr=False)
     read_ids: ReadIds = read_label_ids
+    tree: Mapping[str, Any] | None = field(default=None, repr=False)  # shipped, for data.tree: shipped
+
+    nodes: tuple[str, ...] = ()  # inner nodes of the label tree, if the label map leads to them
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Of all ids that a label may hold."""
+        return (*self.classes, *self.nodes)
 
     @property
     def colours(self) -> Palette:
@@ -76,6 +85,7 @@ DATASETS: dict[str, DatasetSpec] = {
         {split: folder_split(split) for split in ("train", "val", "test")},
         "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/ (11 classes as in the SegNet tutorial)",
         label_map=_map(range(11), [11]),
+        tree=TREES["camvid"],
     ),
     # ADEChallengeData2016: 0 is "other objects", not evaluated; 1-150 in the order of objectInfo150.txt.
     "ade20k": DatasetSpec(
@@ -94,6 +104,7 @@ DATASETS: dict[str, DatasetSpec] = {
         {split: _cityscapes(split) for split in ("train", "val", "test")},
         _CITYSCAPES_HOME,
         label_map=_map(LISTS["cityscapes"].ids, range(34)),
+        tree=TREES["cityscapes"],
     ),
     # stuffthingmaps: id - 1 is stored, 255 is unlabeled (README of the dataset, "Caffe-compatible ... maps").
     "cocostuff164k": DatasetSpec(
@@ -135,6 +146,7 @@ DATASETS: dict[str, DatasetSpec] = {
         {split: _voc("trainval", ".mat", split, "Main") for split in ("train", "val")},
         _PCONTEXT_HOME,
         label_map=_map(LISTS["pcontext"].ids, range(460)),
+        tree=TREES["pcontext"],
         read_ids=read_mat_ids,
     ),
     # The same as PNG: 0 is everything else, 1-59 are the classes.
@@ -147,6 +159,7 @@ DATASETS: dict[str, DatasetSpec] = {
         },
         _PCONTEXT_HOME,
         label_map=_map(range(1, 60), [0]),
+        tree=TREES["pcontext"],
     ),
     # Palette PNGs, 0 is background, 255 the rim of the objects. Root: VOCdevkit/VOC2012.
     "voc": DatasetSpec(
@@ -167,6 +180,7 @@ for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th cla
     DATASETS[_name.replace("pcontext", "pcontext60")] = replace(
         _spec,
         classes=("background", *_spec.classes),
+        tree={"background": None, **TREES["pcontext"]},
         label_map={
             raw: 0 if target == IGNORE else int(target) + 1 for raw, target in (_spec.label_map or {}).items()
         },

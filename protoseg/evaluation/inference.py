@@ -4,7 +4,7 @@ C classes, K prototypes per class; (H, W) image pixels; (h, w) cells, the pixels
 them `model.stride` image pixels wide.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from protoseg.runtime.memory import free_bytes
 
 # Class values of full-resolution pixels at a time, by device: bounds the memory of large vocabularies.
 BAND_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+OnBand = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,15 @@ def segment(
     confidence: bool = False,
     prototypes: bool = False,
     distance: bool = False,
+    on_band: OnBand | None = None,
 ) -> Prediction:
     """Classes, and on demand their probability and nearest prototype: (3, H, W) image → maps of `size`.
 
     Logits are upsampled bilinearly, then made probabilities and averaged. Memory: C·h·w logits per view, and
     a fixed band of full-resolution rows. The nearest prototype is that of the cell, in the view whose scale
-    is nearest to 1; so is the distance, whose map is then upsampled bilinearly. Errors: UserError if a model
-    without prototypes is asked for them, or one whose logits are not cosines for the distance.
+    is nearest to 1; so is the distance, whose map is then upsampled bilinearly. on_band: see `most_likely`.
+    Errors: UserError if a model without prototypes is asked for them, or one whose logits are not cosines for
+    the distance.
     """
     _check_wishes(model, prototypes, distance)
     size = size or (image.shape[-2], image.shape[-1])
@@ -127,8 +130,9 @@ def segment(
             views.append(logits_Chw)
             if protocol.flip:
                 views.append(windowed_logits(model, seen.flip(-1), protocol)[0].flip(-1))
-        best_view = views[protocol.scales.index(closest) * (2 if protocol.flip else 1)]
-        return _prediction(model, views, size, nearest_Chw, best_view if distance else None, confidence)
+        best = protocol.scales.index(closest) * (2 if protocol.flip else 1)
+        cosines_Chw = views[best] if distance else None
+        return _prediction(model, views, size, nearest_Chw, cosines_Chw, confidence, on_band)
 
 
 def segment_together(
@@ -171,9 +175,10 @@ def _prediction(
     nearest_Chw: Tensor | None,
     cosines_Chw: Tensor | None,
     confidence: bool,
+    on_band: OnBand | None = None,
 ) -> Prediction:
     """The maps of one image; `cosines_Chw`: the logits to tell the distance by, None if nobody asked."""
-    classes, probability = most_likely(views, size, confidence)
+    classes, probability = most_likely(views, size, confidence, on_band)
     index = None if nearest_Chw is None else at_pixels(nearest_Chw, classes)
     distance = None
     if cosines_Chw is not None and model.prototypes is not None:
@@ -253,11 +258,12 @@ def blending_weights(window: tuple[int, int]) -> Tensor:
 
 
 def most_likely(
-    views: list[Tensor], size: tuple[int, int], confidence: bool = False
+    views: list[Tensor], size: tuple[int, int], confidence: bool = False, on_band: OnBand | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """argmax over C (and its probability) of upsampled logits (C, h, w), a band of rows at a time.
 
-    Several views: of their mean softmax. Returns int64 and float32 maps of `size`.
+    Several views: of their mean softmax. Returns int64 and float32 maps of `size`. on_band: sees
+    probabilities (C, r, W) and classes (r, W) of every band.
     """
     device = views[0].device
     classes = torch.empty(size, dtype=torch.long, device=device)
@@ -272,6 +278,8 @@ def most_likely(
             best, classes[at] = values.max(0)
             if probability is not None:
                 probability[at] = (best - values.logsumexp(0)).exp()
+            if on_band is not None:
+                on_band(values.softmax(0), classes[at])
         else:
             mean = values.softmax(0)
             for view, its_columns, its_rows in zip(views[1:], columns[1:], rows[1:]):
@@ -279,6 +287,8 @@ def most_likely(
             best, classes[at] = mean.max(0)
             if probability is not None:
                 probability[at] = best / len(views)
+            if on_band is not None:
+                on_band(mean / len(views), classes[at])
     return classes, probability
 
 

@@ -189,7 +189,10 @@ class Predictor(ModelHubMixin):
         )
 
     def _predict_all(self, images: list[Tensor], protocol: InferenceSettings) -> list[Segmentation]:
-        wanted = {"prototypes": self.model.prototypes is not None, "distance": has_distances(self.model)}
+        wanted: dict[str, Any] = {
+            "prototypes": self.model.prototypes is not None,
+            "distance": has_distances(self.model),
+        }
         found: dict[int, Prediction] = {}
         groups: dict[tuple[int, ...], list[int]] = {}
         self.model.eval()

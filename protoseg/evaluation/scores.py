@@ -11,7 +11,9 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from protoseg.data.tree import LabelTree
 from protoseg.evaluation.inference import Prediction
+from protoseg.evaluation.level_scores import level_scores
 from protoseg.runtime.distributed import all_reduce
 
 BINS = 15
@@ -31,6 +33,9 @@ class Scores:
     boundary: Tensor | None = None  # (3, C) int64: boundary pixels of the labels, of the predictions, of both
     bins: Tensor | None = None  # (3, J) double, by confidence: pixels, sum of confidence, right pixels
     unlabelled: tuple[int, ...] = ()  # classes that the data cannot show: a prediction is wrong, IoU is NaN
+    tree: LabelTree | None = None
+    inner: Tensor | None = None  # (V − C, C) int64, as confusion, of labels that are inner nodes of the tree
+    consistency: Tensor | None = None  # (3,) int64, see `ConsistencyCount`
 
     @property
     def iou(self) -> Tensor:
@@ -82,6 +87,12 @@ class Scores:
         if self.bins is not None:
             plain["ECE"] = none_if_nan(self.calibration_error)
             plain["reliability"] = dict(zip(("pixels", "confidence", "right"), self.bins.tolist()))
+        if self.tree is not None and self.inner is not None:
+            plain |= level_scores(torch.cat([self.confusion, self.inner]), self.tree)
+        if self.consistency is not None:
+            pixels, by_leaf, by_sum = self.consistency.tolist()
+            plain["inconsistent"] = by_leaf / pixels if pixels else None
+            plain["inconsistent_by_sum"] = by_sum / pixels if pixels else None
         return plain
 
     def _by_class(self, values: Tensor) -> dict[str, float | None]:
@@ -108,32 +119,41 @@ def evaluate(
     device: torch.device,
     *,
     boundary_ratio: float | None = None,
+    tree: LabelTree | None = None,
     on_sample: Callable[[str, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Scores:
     """Score `segment(image, label size)` on samples (image, label, index, name), summed over ranks.
 
     Predictions are compared at the label's own size. With `boundary_ratio`, the width of boundaries, these
-    and the calibration are counted too, for which predictions need confidences. `on_sample(name, image,
-    label, prediction)` sees every sample, for pictures.
+    and the calibration are counted too, for which predictions need confidences. Labels that are inner nodes
+    of `tree` count at their level alone. `on_sample(name, image, label, prediction)` sees every sample, for
+    pictures.
     """
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=device)
+    ids = len(classes if tree is None else tree.names)
+    confusion = torch.zeros(ids, ids, dtype=torch.long, device=device)  # of all nodes
     boundary = torch.zeros(3, len(classes), dtype=torch.long, device=device)
     bins = torch.zeros(3, BINS, dtype=torch.double, device=device)
     for image, label, _, name in samples:
         target = label.to(device).long()
         prediction = segment(image.to(device), (label.shape[-2], label.shape[-1]))
-        confusion += confusion_matrix(prediction.classes, target, len(classes), ignore_index)
+        confusion += confusion_matrix(prediction.classes, target, ids, ignore_index)
+        inner = (target >= len(classes)) & (target != ignore_index)
+        target = target.masked_fill(inner, ignore_index)
         predicted = prediction.classes.cpu()
         if boundary_ratio is not None:
             assert prediction.confidence is not None, "calibration needs confidences"
             distance = boundary_distance(label.shape[-2], label.shape[-1], boundary_ratio)
-            counts = boundary_counts(label.numpy(), predicted.numpy(), len(classes), ignore_index, distance)
+            counts = boundary_counts(
+                target.cpu().numpy(), predicted.numpy(), len(classes), ignore_index, distance
+            )
             boundary += torch.from_numpy(counts).to(device)
             known = target != ignore_index
             bins += confidence_bins(prediction.confidence[known], (prediction.classes == target)[known])
         if on_sample is not None:
             on_sample(name, image, label, predicted)
-    scores = Scores(classes, all_reduce(confusion).cpu())
+    confusion = all_reduce(confusion).cpu()[:, : len(classes)]
+    counts_CC, inner = confusion[: len(classes)], confusion[len(classes) :]
+    scores = Scores(classes, counts_CC, tree=tree, inner=None if tree is None else inner)
     if boundary_ratio is None:
         return scores
     return replace(scores, boundary=all_reduce(boundary).cpu(), bins=all_reduce(bins).cpu())

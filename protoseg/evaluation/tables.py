@@ -33,6 +33,12 @@ def print_run(run: RunScores) -> None:
     plain = run.scores.to_plain()
     error = "–" if plain["ECE"] is None else f"{plain['ECE']:.4f}"
     print(f"boundary mIoU {_percent(plain['boundary_mIoU'])}  expected calibration error {error}", flush=True)
+    if "inconsistent" in plain:
+        print(
+            f"inconsistent pixels {_percent(plain['inconsistent'])} % (each level by itself, by its leaves'"
+            f" summed probability: {_percent(plain['inconsistent_by_sum'])} %)",
+            flush=True,
+        )
 
 
 def print_comparison(first: RunScores, second: RunScores) -> None:
@@ -119,3 +125,8 @@ def print_scores(scores: Scores, title: str) -> None:
     print(
         "  ".join(f"{name} {_percent(plain[name])}" for name in ("mIoU", "aAcc", "mAcc")) + note, flush=True
     )
+    if "levels" in plain:
+        levels = "  ".join(f"{level}: {_percent(each['mIoU'])}" for level, each in plain["levels"].items())
+        distance = plain["tree_distance"]
+        far = "–" if distance is None else f"{distance:.2f}"
+        print(f"mIoU by level of the tree  {levels}  mean tree distance of wrong pixels {far}", flush=True)

@@ -7,11 +7,20 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from protoseg.data.tree import LabelTree
 
-def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
-    """Pixel counts (C, C) as shares of each labelled class: row = label, column = prediction."""
+
+def confusion_figure(confusion: Tensor, classes: Sequence[str], tree: LabelTree | None = None) -> Figure:
+    """Pixel counts (C, C) as shares of each labelled class: row = label, column = prediction.
+
+    With a label tree siblings stand side by side, and boxes frame the subtrees.
+    """
+    if tree is not None:
+        order = tree.leaves()
+        confusion, classes = confusion[order][:, order], [classes[c] for c in order]
     counts = confusion.double().numpy()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(3 + 0.28 * len(classes), 24)
@@ -25,6 +34,14 @@ def confusion_figure(confusion: Tensor, classes: Sequence[str]) -> Figure:
     size = 8 if len(classes) <= 75 else 6
     axes.set_xticks(places, names, rotation=90, fontsize=size)
     axes.set_yticks(places, names, fontsize=size)
+    if tree is not None:
+        for node in range(tree.num_classes, len(tree.names)):
+            mine = [tree.leaves().index(c) for c in tree.leaves(node)]
+            corner, side = min(mine) - 0.5, len(mine)
+            width = 2.4 / tree.depths[node]
+            axes.add_patch(
+                Rectangle((corner, corner), side, side, fill=False, edgecolor="#c8501e", linewidth=width)
+            )
     if len(classes) <= 25:  # with more, the numbers could not be read
         for row, column in zip(*np.nonzero(share >= 0.005)):
             value = share[row, column]

@@ -11,13 +11,15 @@ from pydantic import BaseModel
 
 from protoseg.runtime.errors import UserError
 
+WHOLE = ("label_map", "tree")  # mappings that are one value
+
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `top` on it; sections are merged, everything else is replaced."""
     merged = dict(base)
     for key, value in top.items():
-        bothsections = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "label_map"
-        merged[key] = merge(merged[key], value) if bothsections else value
+        both_sections = isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in WHOLE
+        merged[key] = merge(merged[key], value) if both_sections else value
     return merged
 
 

@@ -242,6 +242,7 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
             run.classes,
             run.model.ignore_index,
             run.device,
+            tree=run.tree,
             on_sample=picture,
         )
     run.model.train()

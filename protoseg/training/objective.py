@@ -1,6 +1,7 @@
-"""What is minimised: cross-entropy, PPC, PPD, auxiliary cross-entropy and pixel contrast of one micro-batch.
+"""What is minimised: cross-entropy, PPC, PPD, auxiliary cross-entropy, pixel contrast and tree terms.
 
-B images, (H, W) label resolution, (h, w) embedding resolution, P pixels drawn for PPC.
+B images, (H, W) label resolution, (h, w) embedding resolution, P pixels drawn for PPC,
+T triplets.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from protoseg.config import LossConfig
 from protoseg.core.contrast import PixelContrast
 from protoseg.core.losses import loss_scale, upsampled_cross_entropy
+from protoseg.core.tree_losses import TreeTables, node_log_odds, tree_min_cross_entropy, tree_triplet_loss
 from protoseg.core.update import TrainingOutput
 from protoseg.models.segmenter import Segmenter
 
@@ -22,6 +24,8 @@ class Labels(NamedTuple):
 
     full: Tensor  # (B, H, W)
     small: Tensor  # (B, h, w)
+    nodes: Tensor | None = None  # (B, h, w) with a label tree: nodes, inner ones too; −1 takes no part
+    triplets: Tensor | None = None  # (3, T) of the B·h·w pixels
 
 
 class LossScales(NamedTuple):
@@ -29,6 +33,7 @@ class LossScales(NamedTuple):
 
     full: Tensor
     small: Tensor
+    nodes: Tensor | None = None
 
 
 @dataclass
@@ -51,13 +56,19 @@ class Objective(nn.Module):
     class_weights: Tensor | None
 
     def __init__(
-        self, model: Segmenter, contrast: PixelContrast | None, weights: LossConfig, parts: int = 1
+        self,
+        model: Segmenter,
+        contrast: PixelContrast | None,
+        weights: LossConfig,
+        parts: int = 1,
+        tree: TreeTables | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.contrast = contrast
         self.parts = parts
         self.weights = {"ce": 1.0, **weights.model_dump()}  # by term
+        self.tree = tree
         class_weights = torch.tensor(weights.class_weights) if weights.class_weights else None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
@@ -90,6 +101,7 @@ class Objective(nn.Module):
             found = self.contrast(source, labels.small, logits.detach().argmax(1), indices, step)
             terms["contrast"] = found.loss / self.parts
             projected, diagnostics = found.projected, found.summary(self.parts)
+        terms |= self._tree_terms(logits, embedding, labels, scales)
         weights: dict[str, float | Tensor] = {**self.weights}
         if self.contrast is not None and self.contrast.settings.warmup_iterations:
             # 0 times the term has a graph: DDP finds every parameter used.
@@ -99,6 +111,33 @@ class Objective(nn.Module):
         return StepOutput(
             total, {name: term.detach() for name, term in terms.items()}, out, projected, diagnostics
         )
+
+    def _tree_terms(
+        self, logits: Tensor, embedding: Tensor, labels: Labels, scales: LossScales
+    ) -> dict[str, Tensor]:
+        """The terms of the label tree that have a weight, at the embedding's resolution."""
+        terms: dict[str, Tensor] = {}
+        if self.tree is None or labels.nodes is None:
+            return terms
+        with torch.autocast(logits.device.type, enabled=False):
+            label_N = labels.nodes.flatten()
+            if self.weights["tree"]:
+                logits_CN = logits.transpose(0, 1).flatten(1)
+                logits_CN = logits_CN.to(torch.promote_types(logits.dtype, torch.float32))
+                log_odds_VN = node_log_odds(logits_CN, self.tree)
+                assert scales.nodes is not None
+                scale = scales.nodes.to(log_odds_VN.dtype)
+                terms["tree"] = tree_min_cross_entropy(
+                    log_odds_VN, label_N, self.tree, scale, consistent=True
+                )
+            if labels.triplets is not None:
+                pixels = embedding.shape[2] * embedding.shape[3]
+                image_3T, place_3T = labels.triplets // pixels, labels.triplets % pixels
+                emb_3TD = embedding.flatten(2)[image_3T, :, place_3T]
+                terms["tree_triplet"] = (
+                    tree_triplet_loss(emb_3TD, label_N[labels.triplets], self.tree) / self.parts
+                )
+        return terms
 
     def _cross_entropy(self, logits: Tensor, labels: Labels, scales: LossScales) -> Tensor:
         return upsampled_cross_entropy(
@@ -114,8 +153,10 @@ class Objective(nn.Module):
     ) -> LossScales:
         """The scales of one optimiser step from the labels of all its micro-batches."""
         full, small = ([getattr(each, name) for each in labels] for name in ("full", "small"))
+        nodes = [each.nodes for each in labels if each.nodes is not None]
         ignored = self.model.ignore_index
         return LossScales(
             loss_scale(full, ignored, self.class_weights, all_reduce=all_reduce),
             loss_scale(small, ignored, all_reduce=all_reduce),
+            loss_scale(nodes, -1, all_reduce=all_reduce) if nodes else None,
         )

@@ -83,7 +83,7 @@ def place_prototypes_(
         image, label = dataset.read(index)
         map_BDhw = concatenate(model.maps(image[None].to(device))).cpu()
         labels_N = downsample_labels(label[None].long(), map_BDhw.shape[2:]).flatten()
-        known_N = labels_N != dataset.ignore_index
+        known_N = (labels_N < classifier.num_classes) & (labels_N != dataset.ignore_index)
         rows_ND, labels_N = rearrange(map_BDhw[0], "d h w -> (h w) d")[known_N], labels_N[known_N]
         moments.add_(rows_ND, labels_N)
         order_N = torch.randperm(len(labels_N), generator=generator)

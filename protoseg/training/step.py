@@ -15,7 +15,10 @@ from protoseg.config import Config
 from protoseg.core.contrast import PixelContrast
 from protoseg.core.draws import draw_pixels
 from protoseg.core.losses import downsample_labels
+from protoseg.core.tree_losses import draw_triplets
+from protoseg.data.datasets import data_tree
 from protoseg.data.loader import Batch
+from protoseg.data.tree import LabelTree
 from protoseg.models.build import build_model
 from protoseg.models.segmenter import Segmenter, autocast, frozen_running_stats
 from protoseg.runtime import distributed
@@ -23,6 +26,8 @@ from protoseg.runtime.errors import UserError
 from protoseg.training.feature_cache import FeatureCache
 from protoseg.training.objective import Labels, Objective, StepOutput
 from protoseg.training.optimizer import build_optimizer, build_schedule
+
+TRIPLETS = 2048  # of a micro-batch, for the tree-triplet loss
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Run:
     device: torch.device
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
+    tree: LabelTree | None = None
     step: int = 0  # optimiser steps done; also the position in the data
     best: float = -1.0
     scored: int = 0  # step of the last evaluation
@@ -74,7 +80,10 @@ def build_run(
     torch.manual_seed(config.train.seed)
     model = build_model(config, len(classes), all_reduce=distributed.all_reduce)
     contrast = build_contrast(config, model, len(classes), num_images)
-    objective = Objective(model, contrast, config.loss, parts).to(device)
+    tree = data_tree(config.data, classes)
+    objective = Objective(model, contrast, config.loss, parts, None if tree is None else tree.tables()).to(
+        device
+    )
     model.to(dtype)
     if contrast is not None:
         contrast.projection.to(dtype)
@@ -95,7 +104,9 @@ def build_run(
     if config.train.compile:
         parallel = torch.compile(parallel)  # type: ignore[assignment]
     torch.manual_seed(config.train.seed + distributed.rank())  # dropout differs between ranks
-    run = Run(config, model, contrast, objective, parallel, optimizer, schedule, device, classes, palette)
+    run = Run(
+        config, model, contrast, objective, parallel, optimizer, schedule, device, classes, palette, tree
+    )
     run.unseen = unseen_classes(model)
     return run
 
@@ -166,7 +177,7 @@ class MicroBatch(NamedTuple):
     """Part of a batch, where the model is."""
 
     image: Tensor  # (B, 3, H, W)
-    labels: Labels
+    labels: Labels  # before `known_labels`: `nodes` holds ids as they are in the files
     indices: Tensor  # (B,) in the dataset, int64
 
 
@@ -180,10 +191,22 @@ def draw_ppc_pixels(run: Run, part: MicroBatch) -> Tensor | None:
 
 
 def known_labels(run: Run, part: MicroBatch) -> Labels:
-    """Labels in which classes without prototypes are ignored."""
-    if run.model.prototypes is None or not run.unseen:
-        return part.labels
-    return Labels(*map(run.model.prototypes.known, part.labels))
+    """Labels in which classes without prototypes are ignored; those of tree nodes and triplets, if wanted."""
+    labels, head = part.labels, run.model.prototypes
+    if head is not None and run.unseen:
+        labels = labels._replace(full=head.known(labels.full), small=head.known(labels.small))
+    tree, weights = run.objective.tree, run.config.loss
+    if tree is None or labels.nodes is None or not (weights.tree or weights.tree_triplet):
+        return labels._replace(nodes=None)
+    known = labels.nodes < tree.num_nodes
+    if head is not None:
+        known &= tree.live_nodes(head.initialized)[labels.nodes.clamp(max=tree.num_nodes - 1)]
+    nodes = torch.where(known, labels.nodes, -1)
+    triplets = None
+    if weights.tree_triplet:
+        seed = run.config.train.seed
+        triplets = draw_triplets(nodes.flatten(), tree.num_classes, TRIPLETS, seed, run.step, part.indices)
+    return labels._replace(nodes=nodes, triplets=triplets)
 
 
 def to_device(batch: Batch, run: Run) -> MicroBatch:
@@ -195,8 +218,13 @@ def to_device(batch: Batch, run: Run) -> MicroBatch:
     if run.train_features is not None:
         image = run.train_features.maps(batch.index, run.device)
     label = label.long()
+    nodes = None
+    if run.tree is not None:
+        nodes = downsample_labels(label, run.model.feature_size(label))
+        inner = (label >= len(run.classes)) & (label < len(run.tree.names))
+        label = label.masked_fill(inner, run.model.ignore_index)  # of no class, for all but the tree's terms
     small = downsample_labels(label, run.model.feature_size(label))
-    return MicroBatch(image, Labels(label, small), index.long())
+    return MicroBatch(image, Labels(label, small, nodes), index.long())
 
 
 def split(batch: Batch, config: Config) -> list[Batch]:

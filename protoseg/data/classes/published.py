@@ -1,7 +1,7 @@
 """The published class lists; names, colours and ids stand in lists.yaml, with where each list comes from."""
 
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from protoseg.data.classes.palette import Palette, hex_colours
 from protoseg.runtime.strict_yaml import parse_yaml
@@ -32,4 +32,6 @@ def _class_list(
 
 _TEXT = files("protoseg.data.classes").joinpath("lists.yaml").read_text(encoding="utf-8")
 LISTS = {name: _class_list(**parts) for name, parts in parse_yaml(_TEXT, "lists.yaml").items()}
+_TREES = files("protoseg.data.classes").joinpath("trees.yaml").read_text(encoding="utf-8")
+TREES: dict[str, Any] = parse_yaml(_TREES, "trees.yaml")
 ADE20K_FULL_HIGHEST_ID = 3688  # categories of the release, parts included

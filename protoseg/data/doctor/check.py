@@ -40,9 +40,10 @@ def check_dataset(
     pairs = [(split, *pair) for split, pairing in pairings.items() for pair in pairing.pairs.values()]
     facts = read_facts(root, image_reader(data), spec.read_ids, pairs, threads, on_progress)
     trained_on = [f for f in facts if f.split in training]
-    id_rows = id_table(facts, ids, spec.classes)
+    id_rows = id_table(facts, ids, spec.label_names)
     advice = advise_label_map(id_rows, ids, len(spec.classes))
-    rows, ignored = class_table(trained_on, ids, spec.classes)
+    rows, ignored = class_table(trained_on, ids, spec.label_names)
+    rows = [row for i, row in enumerate(rows) if i < len(spec.classes) or row.pixels]
     findings = [
         *diagnose_pairing(root, pairings),
         *diagnose(facts, ids, spec.classes, spec.colours),
