@@ -37,13 +37,16 @@ def read_record(row: str, seed: int, folder: Path) -> Record:
     results = json.loads((folder / "results.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     learned = config["classifier"] != "prototypes"
-    health = results.get("prototype_health", {})
+    health, levels = results.get("prototype_health", {}), results.get("levels", {})
     values = {
         "mIoU": mean_of_known([results["mIoU"]]),  # none where the labels are ignored everywhere
         **{key: mean_of_known(health.get(key, [])) for key in HEALTH},
         "parameters": results["parameters"],
         "seconds_per_step": results["seconds"] / results["step"],
     }
+    if levels:  # of a label tree; the last level is that of the classes
+        values |= {f"mIoU_level_{n}": mean_of_known([levels[n]["mIoU"]]) for n in list(levels)[:-1]}
+        values["tree_distance"] = mean_of_known([results["tree_distance"]])
     return Record(row, seed, None if learned else config["prototypes"]["num_per_class"], values)
 
 
@@ -51,23 +54,27 @@ def to_csv(records: Sequence[Record]) -> str:
     """One line per run; an undefined value is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "seed", *COLUMNS])
+    columns = (*COLUMNS, *_tree_columns(records))
+    writer.writerow(["row", "seed", *columns])
     for record in records:
-        cells = [record.values[name] for name in COLUMNS]
+        cells = [record.values.get(name, math.nan) for name in columns]
         writer.writerow([record.row, record.seed, *("" if cell != cell else cell for cell in cells)])
     return text.getvalue()
 
 
 def to_markdown(rows: Sequence[str], records: Sequence[Record]) -> str:
     """One line per row of the sweep: mean ± sample standard deviation over its seeds."""
-    lines = [
-        "| | mIoU % | in use | own cosine | agreement | parameters (M) | s/step | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    tree = _tree_columns(records)
+    titles = ["", "mIoU %", *(f"level {name.removeprefix('mIoU_level_')} %" for name in tree[:-1])]
+    titles += ["tree distance of wrong pixels"] * bool(tree)
+    titles += ["in use", "own cosine", "agreement", "parameters (M)", "s/step", "seeds"]
+    lines = [f"|{' |'.join(f' {title}' if title else '' for title in titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         runs = [record.values for record in records if record.row == row]
         cells = [
             mean_sd([100 * run["mIoU"] for run in runs], 1),
+            *(mean_sd([100 * run.get(name, math.nan) for run in runs], 1) for name in tree[:-1]),
+            *(mean_sd([run.get(name, math.nan) for run in runs], 2) for name in tree[-1:]),
             mean_sd([run["in_use"] for run in runs], 1),
             mean_sd([run["own_cosine"] for run in runs], 2),
             mean_sd([run["agreement"] for run in runs], 2),
@@ -78,6 +85,12 @@ def to_markdown(rows: Sequence[str], records: Sequence[Record]) -> str:
         name = row.replace("|", "\\|")  # which would end the cell
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _tree_columns(records: Sequence[Record]) -> list[str]:
+    """Scores on a label tree that some run has: of the levels above the classes, and the tree distance."""
+    names = {name for record in records for name in record.values if name not in COLUMNS}
+    return sorted(names)
 
 
 def mean_sd(values: Sequence[float], digits: int, spread: bool = True) -> str:

@@ -321,6 +321,23 @@ def test_tables(tmp_path: Path) -> None:
     save_figure(sweep_figure(["a|b"], [unknown]), tmp_path / "results.png")
 
 
+def test_tables_show_the_levels_of_a_label_tree(tmp_path: Path) -> None:
+    levels = {"1": {"mIoU": 0.9}, "2": {"mIoU": 0.7}, "3": {"mIoU": 0.5}}
+    results = {"mIoU": 0.5, "parameters": 1, "seconds": 1, "step": 1, "levels": levels, "tree_distance": 2.5}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "config.yaml").write_text("classifier: linear\n")
+    records = [read_record("tree", 0, tmp_path), record("flat", 0, None, 0.4)]
+    lines = to_markdown(["tree", "flat"], records).splitlines()
+    assert lines[0].startswith("| | mIoU % | level 1 % | level 2 % | tree distance of wrong pixels | in use")
+    assert lines[2].startswith("| tree | 50.0 | 90.0 | 70.0 | 2.50 | – |")
+    assert lines[3].startswith("| flat | 40.0 | – | – | – | – |")
+    assert {line.count("|") for line in lines} == {12}
+    table = to_csv(records).splitlines()
+    assert table[0].endswith("seconds_per_step,mIoU_level_1,mIoU_level_2,tree_distance")
+    assert table[1].endswith(",0.9,0.7,2.5")
+    assert table[2].endswith(",0.5,,,")
+
+
 def test_figure_against_k_and_row_by_row() -> None:
     records = [record(f"K={k}", s, k, 0.5 + 0.01 * k + 0.02 * s) for k in (1, 10) for s in (0, 1)]
     records += [record("linear", s, None, 0.4 + 0.1 * s, 2e6) for s in (0, 1)]
