@@ -42,16 +42,19 @@ def sinkhorn(
     # The constant shift is the same for all pixels, classes and ranks; cosines are at most 1.
     kernel_NK = torch.where(taking_part_N[:, None], ((own_NK - 1) / kappa).exp(), 0)
     plan_NK = kernel_NK
-    smallest = torch.finfo(kernel_NK.dtype).tiny  # of which the reciprocal is finite
     for _ in range(iterations):
         taken_CK = _reduced(
             plan_NK.new_zeros(num_classes, own_NK.shape[1]).index_add_(0, class_N, plan_NK), all_reduce
         )
         # The share N_c/K is left out: it is the same for all k, and the pixel marginal cancels it.
-        plan_NK = plan_NK * torch.where(taken_CK >= smallest, 1 / taken_CK, 0)[class_N]
-        given_N1 = plan_NK.sum(1, keepdim=True)
-        plan_NK = plan_NK * torch.where(given_N1 >= smallest, 1 / given_N1, 0)
+        plan_NK = plan_NK * _inverse(taken_CK)[class_N]
+        plan_NK = plan_NK * _inverse(plan_NK.sum(1, keepdim=True))
     return plan_NK
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, 0 where that is not finite."""
+    return x.reciprocal().nan_to_num(float("nan"), posinf=0)
 
 
 def _sinkhorn_log(
@@ -87,13 +90,16 @@ def assign(plan_NK: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def cluster_counts(
-    labels_N: Tensor, assignment_N: Tensor, num_classes: int, num_prototypes: int, dtype: torch.dtype
+    labels_N: Tensor, assignment_XN: Tensor, num_classes: int, num_prototypes: int, dtype: torch.dtype
 ) -> Tensor:
-    """Number (C, K) of pixels assigned to each prototype, on this rank alone."""
-    row_N = _rows(labels_N, assignment_N, num_classes, num_prototypes)
-    ones_N = torch.ones_like(row_N, dtype=dtype)
-    counts_R = ones_N.new_zeros(num_classes * num_prototypes + 1).index_add_(0, row_N, ones_N)
-    return counts_R[:-1].view(num_classes, num_prototypes)
+    """Number (…, C, K) of pixels assigned to each prototype by assignments (…, N), on this rank alone."""
+    row_XN = _rows(labels_N, assignment_XN, num_classes, num_prototypes)
+    row_XN = row_XN.view(assignment_XN.shape[:-1].numel(), len(labels_N))
+    rows = num_classes * num_prototypes + 1
+    row_Y = (row_XN + rows * torch.arange(len(row_XN), device=row_XN.device)[:, None]).flatten()
+    ones_Y = torch.ones_like(row_Y, dtype=dtype)
+    counts_XR = ones_Y.new_zeros(len(row_XN) * rows).index_add_(0, row_Y, ones_Y)
+    return counts_XR.view(-1, rows)[:, :-1].reshape(*assignment_XN.shape[:-1], num_classes, num_prototypes)
 
 
 def cluster_sums(

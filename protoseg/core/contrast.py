@@ -240,7 +240,7 @@ class PixelContrast(nn.Module):
         cosine_CJL = anchor_CJD @ pool.emb_LD.T
         with torch.no_grad():
             plain_CJW = pool.own(cosine_CJL)
-            keys = [fold(draw_state(self.seed, step, salt, device), pixel_CJ) for salt in (3, 4)]
+            keys = [fold(draw_state(self.seed, step, salt), pixel_CJ) for salt in (3, 4)]
             index_CJK, positive_CJK = select_pairs(
                 -plain_CJW, positive_CJW, s.positives, s.pair_sampler, keys[0]
             )

@@ -231,7 +231,7 @@ class PixelMemory(nn.Module):
         filled_C = self.pixel_fill_C + running_CR[:, -1]
         drawn_C = torch.minimum(most_C, filled_C)
         filled_C1, drawn_C1 = filled_C.clamp(min=1)[:, None], drawn_C.clamp(min=1)[:, None]
-        state_C1 = fold(draw_state(seed, step, 2, device), class_C1)
+        state_C1 = fold(draw_state(seed, step, 2), class_C1)
         arc_Q = torch.arange(width, device=device)
         low_CQ, high_CQ = arc_Q * filled_C1 // drawn_C1, (arc_Q + 1) * filled_C1 // drawn_C1
         inside_CQ = to_key(fold(state_C1, arc_Q)) % (high_CQ - low_CQ).clamp(min=1)

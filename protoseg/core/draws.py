@@ -29,13 +29,13 @@ def fold(state: Tensor, value: Tensor) -> Tensor:
     return mix(state + (value + 1) * _GOLDEN)
 
 
-def draw_state(seed: int, step: int | Tensor, salt: int, device: torch.device) -> Tensor:
-    """Hash state, a 0-d int64 tensor, of one kind of draw (`salt`) in one step."""
-    state = torch.full((), seed & ((1 << 62) - 1), dtype=torch.int64, device=device)
-    state = fold(state, torch.full((), salt, dtype=torch.int64, device=device))
-    if not isinstance(step, Tensor):
-        step = torch.full((), step, dtype=torch.int64, device=device)
-    return fold(state, step)
+def draw_state(seed: int, step: int | Tensor, salt: int) -> Tensor:
+    """Hash state, a 0-d int64 tensor, of one kind of draw (`salt`) in one step.
+
+    On the step's device; a number's is the host, whose 0-d tensors join any device's without a copy.
+    """
+    state = fold(torch.tensor(seed & ((1 << 62) - 1)), torch.tensor(salt))
+    return fold(state, step if isinstance(step, Tensor) else torch.tensor(step))
 
 
 def to_key(state: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def pixel_keys(class_BP: Tensor, indices_B: Tensor, seed: int, step: int | Tenso
     The pixels with the smallest keys are "the draw". Nothing else enters, so that any split of a batch over
     ranks and any resumed run draws the same pixels. class_BP int64, indices_B int64; returns (B, P) int64.
     """
-    state_B = fold(draw_state(seed, step, salt, class_BP.device), indices_B.to(torch.int64))
+    state_B = fold(draw_state(seed, step, salt), indices_B.to(torch.int64))
     position_P = torch.arange(class_BP.shape[1], device=class_BP.device)
     return to_key(fold(state_B[:, None], (class_BP << 32) + position_P))
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AllReduce = Callable[[Tensor, str], Tensor]
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # full-resolution logits at a time
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}  # full-resolution logits at a time: what a cache, 1 GB holds
 BLOCK = 128  # columns at full resolution of one product
 
 
@@ -89,10 +89,10 @@ def upsampled_cross_entropy(
 
     logits (B, C, h, w), labels (B, H, W) integer. class_weights (C,). scale: from `loss_scale`; the default
     is that of these labels alone, which gives the mean that `F.cross_entropy` gives (0 without a labelled
-    pixel). chunk_size: pixels at full resolution held at a time, in whole rows of one image (default from
-    the sizes). Half types are promoted to float32. No (B, C, H, W) tensor exists at any time: each band of
-    rows is upsampled, gives its loss and its gradient at the logits' resolution, and is gone. Returns a 0-d
-    tensor.
+    pixel). chunk_size: pixels at full resolution held at a time, in whole rows of one image or, on a GPU, in
+    whole images (default from the sizes). Half types are promoted to float32. No (B, C, H, W) tensor beyond
+    that size exists at any time: each band of rows is upsampled, gives its loss and its gradient at the
+    logits' resolution, and is gone. Returns a 0-d tensor.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -125,6 +125,12 @@ class Lerp(NamedTuple):
         high = (low + 1).clamp(max=size - 1)
         return Lerp(low.long(), high.long(), at - low)
 
+    def matrix(self, size: int, first: int = 0) -> Tensor:
+        """The weights as a matrix (output points, `size` input points from `first` on)."""
+        matrix = self.weight.new_zeros(len(self.low), size)
+        matrix.scatter_add_(1, (self.low - first)[:, None], (1 - self.weight)[:, None])
+        return matrix.scatter_add_(1, (self.high - first)[:, None], self.weight[:, None])
+
     def part(self, at: slice) -> "Lerp":
         """Some of the output points."""
         return Lerp(self.low[at], self.high[at], self.weight[at])
@@ -134,61 +140,52 @@ class Widening:
     """Linear interpolation (…, w) → (…, W) along rows, and its adjoint.
 
     On a CPU as products with the banded matrix of the weights, block by block: several times faster than
-    torch's kernels. On a GPU, where products may be TF32, by those.
+    torch's kernels. On a GPU, where products may be TF32, values come from torch's kernel; for gradients, as
+    everywhere, a product will do, faster than a kernel that adds each number in four places.
     """
 
     def __init__(self, width: int, full_width: int, like: Tensor) -> None:
         self.width, self.full_width = width, full_width
-        self.lerp = Lerp.between(width, full_width, like)
+        self.on_gpu = like.is_cuda
+        lerp = Lerp.between(width, full_width, like)
         self.blocks: list[tuple[slice, slice, Tensor]] = []  # columns of the map, at full size, weights
-        if like.is_cuda:
+        if self.on_gpu:
+            self.blocks.append((slice(0, width), slice(0, full_width), lerp.matrix(width).t()))
             return
         for start in range(0, full_width, BLOCK):
             at = slice(start, min(start + BLOCK, full_width))
-            low, high, weight = self.lerp.part(at)
             # One column more on either side: rounding may differ from that of the tensors.
             first, last = (int((end + 0.5) * width / full_width - 0.5) for end in (at.start, at.stop - 1))
             source = slice(max(first - 1, 0), min(last + 3, width))
-            matrix = like.new_zeros(len(low), source.stop - source.start)
-            matrix.scatter_add_(1, (low - source.start)[:, None], (1 - weight)[:, None])
-            matrix.scatter_add_(1, (high - source.start)[:, None], weight[:, None])
+            matrix = lerp.part(at).matrix(source.stop - source.start, source.start)
             self.blocks.append((source, at, matrix.t().contiguous()))
 
-    def widen(self, small_Crw: Tensor) -> Tensor:
-        """(C, r, w) → (C, r, W)."""
-        classes, size, _ = small_Crw.shape
-        if not self.blocks:
-            wanted = (size, self.full_width)
-            return F.interpolate(small_Crw[None], wanted, mode="bilinear", align_corners=False)[0]
-        rows_Xw = small_Crw.reshape(-1, self.width)
-        full_XW = small_Crw.new_empty(len(rows_Xw), self.full_width)
+    def widen(self, small_Xrw: Tensor) -> Tensor:
+        """(…, r, w) → (…, r, W)."""
+        shape = (*small_Xrw.shape[:-1], self.full_width)
+        if self.on_gpu:
+            wanted = (shape[-2], self.full_width)
+            maps_1Xrw = small_Xrw.reshape(1, -1, *small_Xrw.shape[-2:])
+            return F.interpolate(maps_1Xrw, wanted, mode="bilinear", align_corners=False).view(shape)
+        rows_Xw = small_Xrw.reshape(-1, self.width)
+        full_XW = small_Xrw.new_empty(len(rows_Xw), self.full_width)
         for source, at, matrix in self.blocks:
             torch.mm(rows_Xw[:, source], matrix, out=full_XW[:, at])
-        return full_XW.view(classes, size, -1)
+        return full_XW.view(shape)
 
-    def adjoint(self, error_CrW: Tensor) -> Tensor:
-        """Gradient (C, r, w) from that of the widened rows (C, r, W)."""
-        classes, size, _ = error_CrW.shape
-        if self.blocks:
-            error_XW = error_CrW.reshape(-1, self.full_width)
-            small_Xw = error_CrW.new_zeros(len(error_XW), self.width)
-            for source, at, matrix in self.blocks:
-                small_Xw[:, source].addmm_(error_XW[:, at], matrix.t())
-            return small_Xw.view(classes, size, -1)
-        if torch.are_deterministic_algorithms_enabled():
-            # The fused kernel adds in no fixed order on a GPU; index_add_ has a mode that does.
-            small = error_CrW.new_zeros(classes, size, self.width)
-            _add_lerp_adjoint_(small, 2, error_CrW, self.lerp)
-            return small
-        return torch.ops.aten.upsample_bilinear2d_backward(
-            error_CrW[None], [size, self.full_width], [1, classes, size, self.width], False, None, None
-        )[0]
+    def adjoint(self, error_XrW: Tensor) -> Tensor:
+        """Gradient (…, r, w) from that of the widened rows (…, r, W)."""
+        error_XW = error_XrW.reshape(-1, self.full_width)
+        small_Xw = error_XrW.new_zeros(len(error_XW), self.width)
+        for source, at, matrix in self.blocks:
+            small_Xw[:, source].addmm_(error_XW[:, at], matrix.t())
+        return small_Xw.view(*error_XrW.shape[:-1], self.width)
 
 
-def upsampled_rows(map_Chw: Tensor, columns: Widening, rows: Lerp) -> Tensor:
-    """Some rows of the map at full size (C, r, W): bilinear, align_corners=False, exact at a band's rim."""
-    weight_r1 = rows.weight[:, None]
-    return columns.widen(torch.lerp(map_Chw[:, rows.low], map_Chw[:, rows.high], weight_r1))
+def upsampled_rows(map_Xhw: Tensor, columns: Widening, rows: Lerp) -> Tensor:
+    """Some rows of maps (…, h, w) at full size (…, r, W): align_corners=False, exact at a band's rim."""
+    low, high = map_Xhw[..., rows.low, :], map_Xhw[..., rows.high, :]
+    return columns.widen(torch.lerp(low, high, rows.weight[:, None]))
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
@@ -209,27 +206,29 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
             elements = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cpu"])
             chunk_size = elements // num_classes
         band = max(1, chunk_size // full_width)
+        together = max(1, chunk_size // (full_height * full_width)) if logits.is_cuda else 1  # images
         rows = Lerp.between(height, full_height, logits)
         columns = Widening(width, full_width, logits)
         with_grad = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(logits if with_grad else logits[:0])
         loss = logits.new_zeros(())
-        for image in range(batch):
+        for first in range(0, batch, together):
             for start in range(0, full_height, band):
                 at = slice(start, min(start + band, full_height))
                 piece = rows.part(at)
-                full_Crw = upsampled_rows(logits[image], columns, piece)
-                label_rw = labels[image, at].long()
-                labelled_rw = label_rw != ignore_index
-                label_1rw = label_rw.masked_fill(~labelled_rw, 0)[None]
-                weight_rw = weight_C[label_1rw[0]].masked_fill(~labelled_rw, 0)
-                own_rw, shift_rw = full_Crw.gather(0, label_1rw)[0], full_Crw.amax(0)
-                exp_Crw = full_Crw.sub_(shift_rw).exp_()  # in place: each pass over memory counts
-                sum_rw = exp_Crw.sum(0)
-                loss = loss + ((sum_rw.log() + (shift_rw - own_rw)) * weight_rw).sum()
+                full_bCrW = upsampled_rows(logits[first : first + together], columns, piece)
+                label_brW = labels[first : first + together, at].long()
+                labelled_brW = label_brW != ignore_index
+                label_b1rW = label_brW.masked_fill(~labelled_brW, 0)[:, None]
+                weight_b1rW = weight_C[label_b1rW].masked_fill(~labelled_brW[:, None], 0)
+                own_b1rW, shift_b1rW = full_bCrW.gather(1, label_b1rW), full_bCrW.amax(1, keepdim=True)
+                exp_bCrW = full_bCrW.sub_(shift_b1rW).exp_()  # in place: each pass over memory counts
+                sum_b1rW = exp_bCrW.sum(1, keepdim=True)
+                loss = loss + ((sum_b1rW.log() + (shift_b1rW - own_b1rW)) * weight_b1rW).sum()
                 if with_grad:
-                    error_Crw = exp_Crw.mul_(weight_rw / sum_rw).scatter_add_(0, label_1rw, -weight_rw[None])
-                    _add_lerp_adjoint_(gradient[image], 1, columns.adjoint(error_Crw), piece)
+                    error_bCrW = exp_bCrW.mul_(weight_b1rW / sum_b1rW)
+                    small_bCrw = columns.adjoint(error_bCrW.scatter_add_(1, label_b1rW, -weight_b1rW))
+                    _add_lerp_adjoint_(gradient[first : first + together], small_bCrw, piece)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -239,11 +238,14 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         return gradient * grads[0], None, None, None, None
 
 
-def _add_lerp_adjoint_(target: Tensor, dim: int, error: Tensor, lerp: Lerp) -> None:
-    """Add to `target` what a linear interpolation along `dim` sends back."""
-    weight = lerp.weight[:, None] if dim == 1 else lerp.weight
-    target.index_add_(dim, lerp.low, error * (1 - weight))
-    target.index_add_(dim, lerp.high, error * weight)
+def _add_lerp_adjoint_(target_bChw: Tensor, error_bCrw: Tensor, rows: Lerp) -> None:
+    """Add to `target` what a linear interpolation along h sends back."""
+    if target_bChw.is_cuda:  # where index_add_ adds in no fixed order
+        target_bChw.add_(rows.matrix(target_bChw.shape[2]).t() @ error_bCrw)
+        return
+    weight_r1 = rows.weight[:, None]
+    target_bChw.index_add_(2, rows.low, error_bCrw * (1 - weight_r1))
+    target_bChw.index_add_(2, rows.high, error_bCrw * weight_r1)
 
 
 def _summed_with_world(total: Tensor, all_reduce: AllReduce | None) -> tuple[Tensor, Tensor]:

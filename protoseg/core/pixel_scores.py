@@ -85,7 +85,10 @@ class _PrototypeScores(torch.autograd.Function):
 
         with_grad = ctx.needs_input_grad[0]
         logits_BCP = emb_ND.new_empty(batch, num_classes, pixels)
-        own_NK = emb_ND.new_empty(len(emb_ND), num_prototypes)
+        if own_from_product:
+            own_NK = emb_ND.new_empty(len(emb_ND), num_prototypes)
+        else:
+            own_NK = own_similarities(emb_ND, protos_CKD, label_N)
         right_N = torch.empty_like(labels_N, dtype=torch.bool)
         best_CN = torch.empty(
             (num_classes if with_grad else 0, len(emb_ND)),
@@ -111,8 +114,6 @@ class _PrototypeScores(torch.autograd.Function):
             right_N[flat] = (top_Cn.gather(0, label_1n) >= (top_Cn + hidden_C1).amax(0, keepdim=True))[0]
             if own_from_product:
                 own_NK[flat] = sims_KCn.gather(1, label_1n.expand(num_prototypes, 1, size))[:, 0].t()
-            else:
-                own_NK[flat] = own_similarities(emb_ND[flat], protos_CKD, label_N[flat])
         taking_part_N = (labels_N >= 0) & live_C[label_N]
         # Not in place: torch 2.11 compiles that without own_NK's gradient.
         own_NK = own_NK.masked_fill(~live_C[label_N][:, None], -1.0)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_NORM = 1e-6  # below this a vector has no direction
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # similarities at a time, by device
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}  # similarities at a time, by device
+GATHERED_ELEMENTS = 2**27  # of prototypes at a time, one for each pixel, on a GPU
 SMALLEST_CHUNK, LARGEST_CHUNK = {"cpu": 512, "cuda": 4096}, {"cpu": 1536, "cuda": 2**18}  # pixels
 
 
@@ -79,9 +80,12 @@ def class_scores(
 
 
 def own_similarities(emb_ND: Tensor, protos_CKD: Tensor, labels_N: Tensor) -> Tensor:
-    """iᵀp_yk (N, K) with the pixel's own class y, one k at a time; class 0 where the label is −1."""
+    """iᵀp_yk (N, K) with the pixel's own class y, by no product in reduced precision; class 0 at label −1."""
     emb_ND, protos_CKD = at_least_single(emb_ND), at_least_single(protos_CKD)
     class_N = labels_N.clamp(min=0).long()
+    if emb_ND.is_cuda:  # all k of as many pixels as half a gigabyte holds: fewer launches
+        parts = zip(*(x.split(max(GATHERED_ELEMENTS // protos_CKD[0].numel(), 1)) for x in (emb_ND, class_N)))
+        return torch.cat([protos_CKD[class_n].mul_(emb_nD[:, None]).sum(2) for emb_nD, class_n in parts])
     return torch.stack([(emb_ND * protos_KD[class_N]).sum(1) for protos_KD in protos_CKD.unbind(1)], 1)
 
 

@@ -40,29 +40,32 @@ def step_sums(
     pixels assigned to it (C, K), nearest to it (C, K), and of those alike in both (C,). "correct": pixels
     that are not right do not move prototypes, unless no pixel of their class is right in the step.
     """
-    dtype = outs[0].embedding.dtype
+
+    def joined(*parts: Tensor) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     labels_N, assigned_N, nearest_N, right_N = (
-        torch.cat([getattr(out, name).flatten() for out in outs])
+        joined(*(getattr(out, name).flatten() for out in outs))
         for name in ("labels", "assignment", "nearest", "right")
     )
-
-    def counted(each_N: Tensor, number: int = num_prototypes) -> Tensor:
-        return cluster_counts(labels_N, each_N, num_classes, number, dtype)
-
+    emb_ND = joined(*(out.embedding for out in outs))
     moving_N = assigned_N
     if update_pixels == "correct":
-        some_right_C = counted(torch.where(right_N, 0, -1), 1)[:, 0]
+        some_right_C1 = cluster_counts(labels_N, torch.where(right_N, 0, -1), num_classes, 1, emb_ND.dtype)
+        some_right_C = some_right_C1[:, 0]
         if all_reduce is not None:
             some_right_C = all_reduce(some_right_C, "sum")
         moving_N = torch.where(right_N | (some_right_C[labels_N.clamp(min=0)] == 0), assigned_N, -1)
-    emb_ND = outs[0].embedding if len(outs) == 1 else torch.cat([out.embedding for out in outs])
+    alike_N = torch.where(assigned_N == nearest_N, assigned_N, -1)
+    each_4N = torch.stack([moving_N, assigned_N, nearest_N, alike_N])
+    *counts, alike_CK = cluster_counts(labels_N, each_4N, num_classes, num_prototypes, emb_ND.dtype)
     totals = [
         cluster_sums(emb_ND, labels_N, moving_N, num_classes, num_prototypes),
-        *(counted(each_N) for each_N in (moving_N, assigned_N, nearest_N)),
-        counted(torch.where(assigned_N == nearest_N, 0, -1), 1)[:, 0],
+        *counts,
+        alike_CK.sum(1),
     ]
     if all_reduce is None:
         return tuple(totals)
-    joined = all_reduce(torch.cat([total.flatten() for total in totals]), "sum")
-    parts = joined.split([total.numel() for total in totals])
+    every = all_reduce(torch.cat([total.flatten() for total in totals]), "sum")
+    parts = every.split([total.numel() for total in totals])
     return tuple(part.view_as(total) for part, total in zip(parts, totals))

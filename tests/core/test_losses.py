@@ -37,6 +37,7 @@ def inputs(b, c, h, w, full_h, full_w, dtype=torch.double):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("chunk_size", [None, 1, 50])
+@pytest.mark.usefixtures("as_on_gpu")
 def test_upsampled_cross_entropy_is_interpolate_and_cross_entropy(sizes, weighted, chunk_size):
     logits, labels = inputs(*sizes)
     weights = torch.linspace(0.5, 2, sizes[1], dtype=torch.double) if weighted else None
@@ -133,6 +134,7 @@ def test_ppc_and_ppd_by_hand():
     assert_close_report(ppd_loss(positive, labelled, scale), torch.tensor(0.25 / 2), "PPD")
 
 
+@pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize(
     ("cells", "size"),
     [((5, 7), (20, 28)), ((5, 7), (19, 26)), ((1, 1), (4, 3)), ((9, 8), (5, 6)), ((2, 40), (3, 301))],

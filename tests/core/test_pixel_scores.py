@@ -22,12 +22,6 @@ def as_map(emb):
     return emb.t()[None, :, None]
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "as on a gpu"])
-def as_on_gpu(request, monkeypatch):
-    if request.param:  # takes the branches for a GPU, here on the CPU
-        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
-
-
 def chunks_of(monkeypatch, size):
     if size is not None:
         monkeypatch.setattr(similarity, "pixels_at_once", lambda *_: size)

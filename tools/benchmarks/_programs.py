@@ -59,14 +59,18 @@ class Program:
 
 
 def make_batch(case: Case) -> Batch:
-    """Random images, labels in blocks of 16 pixels in which every class occurs that has room."""
+    """Random images, labels in blocks of 16 pixels in which every class occurs that has room.
+
+    On the host, as from a loader: pinned for a GPU.
+    """
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (case.batch, 3, *case.size), dtype=torch.uint8, generator=generator)
     down, along = (max(side // 16, 1) for side in case.size)
     blocks = torch.randint(0, case.classes, (case.batch, down, along), generator=generator)
     blocks.view(-1)[: case.classes] = torch.arange(case.classes)[: blocks.numel()]
     label = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : case.size[0], : case.size[1]]
-    return Batch(image, label.to(torch.int32), torch.arange(case.batch))
+    parts = (image, label.to(torch.int32), torch.arange(case.batch))
+    return Batch(*(part.pin_memory() if case.device == "cuda" else part for part in parts))
 
 
 def ours(classifier: str) -> Callable[[Case], Program]:
@@ -105,12 +109,13 @@ def theirs(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], logits: A
     """A plain step around another program's model: its loss, AdamW, the loss read as ours reads its terms."""
     model = model.to(case.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    image, label, _ = (part.to(case.device) for part in make_batch(case))
+    batch = make_batch(case)
 
     def prepared(images: Tensor) -> Tensor:
         return images.float() / 255
 
     def step() -> float:
+        image, label, _ = (part.to(case.device, non_blocking=True) for part in batch)
         with torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16"):
             value = loss(prepared(image), label.long())
         value.backward()

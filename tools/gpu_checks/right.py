@@ -63,7 +63,7 @@ def no_host_sync(job: Job) -> None:
 
     wrong = []
     for mode in MODES:
-        run, batch = make_run(job, "mit_b0", mode, device), make_batch(job, device)
+        run, batch = make_run(job, "mit_b0", mode, device), make_batch(job)
         for _ in range(1 if job.tiny else 3):
             training.train_step(run, batch)
         found = _warned(job, run, batch)
@@ -139,7 +139,7 @@ def compiled(job: Job) -> None:
     job.row("head", **{f"{k}_ms": v for k, v in times.items()}, **{f"{k}_loss": v for k, v in losses.items()},
             gradient_difference=difference.item())  # fmt: skip
 
-    run, batch = make_run(job, "mit_b0", "prototypes", device, precision="fp32"), make_batch(job, device)
+    run, batch = make_run(job, "mit_b0", "prototypes", device, precision="fp32"), make_batch(job)
     image, labels = batch.image.to(device), batch.label.to(device).long()
     both = Labels(labels, downsample_labels(labels, run.model.feature_size(labels)))
     index = torch.arange(len(image), device=device)

@@ -54,6 +54,10 @@ SUMMARY: Sequence[Shown] = (
     ("model", "model", ""), ("seeds", "seeds", "d"), ("linear mIoU", "linear", ".2%"),
     ("k10 mIoU", "k10", ".2%"), ("difference", "gain", "+.2%"), ("standard error", "standard_error", ".2%"),
 )  # fmt: skip
+COMPILED_STEP: Sequence[Shown] = (
+    ("classifier", "mode", ""), ("compiled", "compiled", ""), ("ms", "ms", ".1f"),
+    ("first step s", "first_seconds", ".0f"), ("peak GB", "peak_gb", ".2f"),
+)  # fmt: skip
 COMPILED: Sequence[Shown] = (
     ("eager ms", "eager_ms", ".3g"), ("compiled ms", "inductor_ms", ".3g"),
     ("gradient difference", "gradient_difference", ".1g"),
@@ -66,6 +70,7 @@ TABLES: Sequence[tuple[str, str, str, Sequence[Shown]]] = (
     ("Parts of it", "steps", "shares", SHARES),
     ("Training step, bf16, 512×1024", "hrnet", "step", STEP),
     ("How busy the device is", "profiles", "busy", BUSY),
+    ("SegFormer-B0's step compiled, batch 8", "compiled_steps", "step", COMPILED_STEP),
     ("Head compiled", "compiled", "head", COMPILED),
     ("CamVid: waiting for data", "loader_wait", "loader", LOADER),
     ("CamVid from scratch, val", "camvid", "summary", SUMMARY),

@@ -3,9 +3,12 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
+from benchmarks import _programs as programs
+from benchmarks._programs import Case
 from gpu_checks.ceilings import milliseconds, setup, sync
 from gpu_checks.job import Job
 from torch import nn
@@ -16,14 +19,13 @@ from protoseg.core.draws import draw_pixels
 from protoseg.core.losses import downsample_labels, upsampled_cross_entropy
 from protoseg.data.datasets import dataset_spec
 from protoseg.data.loader import Batch
-from protoseg.models.mit import HEADS, MIT
 from protoseg.training.objective import Labels
 from protoseg.training.step import Run, build_run, train_step
 
 MODES = ("linear", "prototypes", "prototypes+contrast")
 WIDTH = {"mit_b0": 256, "mit_b4": 768}
 NUM_IMAGES = 2000
-REPEATS = 3  # steps that are profiled
+REPEATS = 2  # steps that are profiled
 
 
 def make_run(
@@ -45,7 +47,7 @@ def make_run(
         {
             "data": {"name": "cityscapes" if hrnet else "ade20k", "batch_size": images},
             "classifier": "linear" if mode == "linear" else "prototypes",
-            "backbone": {"name": backbone},
+            "backbone": {"name": backbone, "drop_path": 0.0 if hrnet else programs.DROP_PATH},
             "decode_head": decode_head,
             "contrast": contrast,
             "optim": {"name": "adamw", "lr": 6e-5},
@@ -57,20 +59,10 @@ def make_run(
     return build_run(config, spec.classes, spec.palette, NUM_IMAGES, device)
 
 
-def make_batch(
-    job: Job, device: torch.device, size: tuple[int, int] = (512, 512), images: int = 8, classes: int = 150
-) -> Batch:
-    """Random images on the host, pinned as the loader's are, labels in blocks of 16 pixels."""
-    if job.tiny:
-        size, images = (64, 64), 2
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (images, 3, *size), dtype=torch.uint8, generator=generator)
-    blocks = torch.randint(0, classes, (images, size[0] // 16, size[1] // 16), generator=generator)
-    # Every class occurs, so that no prototypes are missing after the first step.
-    blocks.view(-1)[: min(classes, blocks.numel())] = torch.arange(classes)[: blocks.numel()]
-    label = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2).to(torch.uint8)
-    parts = (image, label, torch.arange(images))
-    return Batch(*(part.pin_memory() if device.type == "cuda" else part for part in parts))
+def make_batch(job: Job, size: tuple[int, int] = (512, 512), images: int = 8, classes: int = 150) -> Batch:
+    """What every program is given: images and labels on the host."""
+    size, images = ((64, 64), 2) if job.tiny else (size, images)
+    return programs.make_batch(Case("segformer_b0", classes, size, images, device=job.device))
 
 
 def step_milliseconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -105,7 +97,7 @@ def reset_peak(device: torch.device) -> None:
 def steps(job: Job) -> None:
     """SegFormer-B0 and B4 at 512², batch 8, bf16: ours in three modes, Hugging Face's beside them."""
     device = setup(job)
-    batch = make_batch(job, device)
+    batch = make_batch(job)
     measured = 0.0 if job.tiny else 2.0
     for backbone in ("mit_b0",) if job.tiny else ("mit_b0", "mit_b4"):
         base: dict[str, float] = {}
@@ -115,7 +107,7 @@ def steps(job: Job) -> None:
                 return
             reset_peak(device)
             work = (
-                hugging_face_step(job, backbone, batch, device)
+                hugging_face_step(job, backbone, batch)
                 if mode == "Hugging Face"
                 else our_step(job, backbone, mode, batch, device)
             )
@@ -140,31 +132,33 @@ def our_step(
     return lambda: train_step(run, batch)
 
 
-def hugging_face_step(job: Job, backbone: str, batch: Batch, device: torch.device) -> Callable[[], object]:
+def hugging_face_step(job: Job, backbone: str, batch: Batch) -> Callable[[], object]:
     """The same with transformers' SegFormer and its own loss, bf16 autocast, AdamW."""
-    import transformers
+    images, _, height, width = batch.image.shape
+    model = backbone.replace("mit", "segformer")
+    case = Case(model, 150, (height, width), images, "bf16", device=job.device)
+    return programs.hugging_face()(case).step
 
-    dims, depths = MIT[backbone]
-    options: dict[str, Any] = {"num_labels": 150, "semantic_loss_ignore_index": 255}
-    options["decoder_hidden_size"] = 16 if job.tiny else WIDTH[backbone]
-    config = transformers.SegformerConfig(
-        hidden_sizes=list(dims), depths=list(depths), num_attention_heads=list(HEADS), **options
-    )
-    torch.manual_seed(0)
-    model = cast(Any, transformers.SegformerForSemanticSegmentation(config)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5)
 
-    def work() -> float:
-        image = batch.image.to(device, non_blocking=True).float() / 255
-        labels = batch.label.to(device, non_blocking=True).long()
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(pixel_values=image, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()  # as ours reads its values
-
-    return work
+def compiled_steps(job: Job) -> None:
+    """SegFormer-B0's steps with train.compile, and with CUDA graphs too; beside them the eager ones again."""
+    device = setup(job)
+    batch = make_batch(job)
+    for mode, kind in (
+        ("prototypes", "eager"), ("prototypes", "default"), ("linear", "eager"), ("linear", "default"),
+        ("prototypes", "reduce-overhead"),
+    ):  # fmt: skip
+        reset_peak(device)
+        torch._dynamo.reset()
+        run = make_run(job, "mit_b0", mode, device)
+        if kind != "eager":
+            options: dict[str, Any] = {"backend": "aot_eager"} if job.tiny else {"mode": kind}
+            run.parallel = torch.compile(run.objective, **options)  # type: ignore[assignment]
+        start = time.perf_counter()
+        train_step(run, batch)
+        first = time.perf_counter() - start
+        ms = step_milliseconds(partial(train_step, run, batch), device, 0.0 if job.tiny else 1.5)
+        job.row("step", mode=mode, compiled=kind, ms=ms, first_seconds=first, peak_gb=peak_gb(device))
 
 
 def shares(job: Job, backbone: str, linear_ms: float, batch: Batch, device: torch.device) -> None:
@@ -222,7 +216,7 @@ def hrnet(job: Job) -> None:
         ms = None
         while ms is None:
             reset_peak(device)
-            batch = make_batch(job, device, size, images, 19)
+            batch = make_batch(job, size, images, 19)
             work = our_step(job, name, mode, batch, device, images)
             try:
                 ms = step_milliseconds(work, device, 0.0 if job.tiny else 2.0)
@@ -238,12 +232,13 @@ def hrnet(job: Job) -> None:
 def profiles(job: Job) -> None:
     """The fifteen most expensive kernels of the head's step, of the clustering, and of whole steps."""
     device = setup(job)
-    batch = make_batch(job, device)
+    batch = make_batch(job)
     cases: list[tuple[str, Callable[[], Callable[[], object]]]] = [
         ("head, N 32,768, C 150", lambda: _head_step(job, device)),
         ("SegFormer-B0, prototypes", lambda: our_step(job, "mit_b0", "prototypes", batch, device)),
         ("SegFormer-B0, contrast", lambda: our_step(job, "mit_b0", "prototypes+contrast", batch, device)),
-        ("SegFormer-B4, prototypes", lambda: our_step(job, "mit_b4", "prototypes", batch, device)),
+        ("SegFormer-B0, linear", lambda: our_step(job, "mit_b0", "linear", batch, device)),
+        ("SegFormer-B0, Hugging Face", lambda: hugging_face_step(job, "mit_b0", batch)),
     ]
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -68,7 +68,7 @@ def _rank(job: Job, rank: int, world: int) -> None:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     state: dict[str, Any] = {"alone": _head(device, rank, world)}
     if world > 1:
-        batch = make_batch(job, device, (128, 128), 4)
+        batch = make_batch(job, (128, 128), 4)
         run = make_run(job, "mit_b0", "prototypes+contrast", device, batch_size=4)
         images = len(batch.image) // world
         part = Batch(*(each[rank * images : (rank + 1) * images] for each in batch))
