@@ -43,7 +43,7 @@ CHECKS = (
     Check("clustering", 15, head_cost.clustering),
     Check("cross_entropy", 12, head_cost.cross_entropy),
     Check("steps", 70, training_cost.steps),
-    Check("compiled_steps", 90, training_cost.compiled_steps),
+    Check("compiled_steps", 105, training_cost.compiled_steps),
     Check("profiles", 30, training_cost.profiles),
     Check("compiled", 60, right.compiled),
     Check("two_processes", 35, two_processes.two_processes),
