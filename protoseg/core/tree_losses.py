@@ -148,7 +148,7 @@ def draw_triplets(
     labels_N: int64; ids from num_classes on take no part. A function of (seed, step, dataset indices) and the
     labels; no host sync. Where no pixel has a class, the triples are of any pixels.
     """
-    state = fold(draw_state(seed, step, SALT, labels_N.device), indices_B.sum())
+    state = fold(draw_state(seed, step, SALT), indices_B.sum())
     number_23T = torch.arange(6 * count, device=labels_N.device).view(2, 3, count)
     class_u_3T, pixel_u_3T = to_key(fold(state, number_23T))  # 40 bits each
     group_N = torch.where((labels_N >= 0) & (labels_N < num_classes), labels_N, num_classes)
