@@ -14,7 +14,8 @@ HOUSE = {
     "core": [
         "reference similarity losses draws settings",
         "clustering health pixel_scores contrast_memory tree_losses",
-        "editing update contrast_sampling",
+        "update contrast_sampling",
+        "editing",
         "prototypes contrast",
     ],
     "runtime": ["errors signals", "distributed files memory console shipped strict_yaml config_keys"],

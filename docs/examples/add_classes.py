@@ -1,10 +1,10 @@
-"""Classes added without training: python docs/examples/add_classes.py [--seeds 3] [key.sub=value …]
+"""Classes added without training: python docs/examples/add_classes.py [--config CONFIG --new CLASS …]
 
-Trains on the digits 0–7, adds 8 and 9 from a few labelled images without a gradient step, and compares with
-training on 0–9 from scratch, all scored on the same validation images. Once more after all prototypes were
-clustered anew (`refit`) on training images. What the features of 0–7 can give at best is shown by a linear
-classifier learned on them. Before 8 and 9 are added, their pixels are the unknown that distances should
-reveal. Finished runs in the folder --out are not trained again.
+Trains on all classes but the new ones, adds these from a few labelled images without a gradient step, and
+compares with training on all from scratch, all scored on the same validation images. Once more after the
+prototypes were moved to the means of their pixels in training images (`refit`). What the features can give is
+shown by a linear classifier learned on them from the same few images. Before the new classes are added, their
+pixels are the unknown that distances should reveal. Finished runs in the folder --out are not trained again.
 """
 
 import argparse
@@ -19,29 +19,36 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from protoseg.config import load_config
+from protoseg.config import Config, config_from, load_config, to_plain
 from protoseg.core.losses import downsample_labels
-from protoseg.core.similarity import unit
-from protoseg.data.datasets import build_dataset
-from protoseg.data.digits import CLASSES, colours
+from protoseg.core.similarity import own_similarities, unit
+from protoseg.data.datasets import data_root, dataset_spec, open_dataset
 from protoseg.data.file_dataset import Dataset, with_classes
+from protoseg.data.reading.label_ids import IGNORE
 from protoseg.evaluation.inference import segment
 from protoseg.evaluation.scores import evaluate
 from protoseg.models.checkpoint import load_segmenter, save_segmenter
 from protoseg.models.segmenter import Segmenter
 from protoseg.training.loop import train
 
-NEW = ("8", "9")
-OLD = tuple(name for name in CLASSES if name not in NEW)
 BATCH = 16
 
 
-def trained(classes: tuple[str, ...], seed: int, out: Path, overrides: list[str]) -> Path:
-    """The demo's configuration on these classes, in a minute's budget."""
-    fixed = [f"data.classes={list(classes)}", f"train.seed={seed}", "train.iterations=300"]
-    fixed += ["eval.interval=1000", "eval.samples=0"]
-    train(load_config("configs/digits_resnet18_k4.yaml", [*fixed, *overrides]), out, resume="auto")
-    return out / "last.pt"
+def without(config: Config, names: Sequence[str]) -> Config:
+    """The same on the other classes; pixels of these are ignored."""
+    spec = dataset_spec(config.data)
+    kept = [i for i, name in enumerate(spec.classes) if name not in names]
+    values = to_plain(config)
+    values["data"]["classes"] = [spec.classes[i] for i in kept]
+    if config.data.name != "digits":
+        raw_ids = spec.label_map or {i: i for i in range(len(spec.classes))}
+        values["data"] |= {
+            "name": "folder",
+            "root": str(data_root(config.data)),
+            "palette": [list(spec.colours[i]) for i in kept],
+            "label_map": {raw: kept.index(c) if c in kept else IGNORE for raw, c in raw_ids.items()},
+        }
+    return config_from(values, "without")
 
 
 def embedded(model: Segmenter, data: Dataset, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
@@ -55,47 +62,39 @@ def embedded(model: Segmenter, data: Dataset, indices: Iterable[int]) -> tuple[T
     return torch.cat(features), torch.cat(labels)
 
 
-def refit(model: Segmenter, count: int) -> None:
-    """Cluster the old classes anew on the first training images."""
-    assert model.prototypes is not None
-    data = build_dataset("digits", root=None, split="train", classes=OLD)
-    model.prototypes.refit(
-        [embedded(model, data, range(i, min(i + BATCH, count))) for i in range(0, count, BATCH)]
-    )
-
-
-def add_new_classes(model: Segmenter, count: int) -> list[str]:
-    """Add each new class from the first `count` images that show it → the longer class list."""
-    assert model.prototypes is not None
-    data = build_dataset("digits", root=None, split="train")
-    for name in NEW:
-        wanted = CLASSES.index(name)
-        shown = (i for i in range(len(data)) if (data.label(i) == wanted).any())
-        features, labels = embedded(model, data, islice(shown, count))
-        model.prototypes.add_class(features, labels == wanted)
-    return [*OLD, *NEW]
+def showing(data: Dataset, name: str, count: int) -> list[int]:
+    """The first `count` images with a pixel of the class."""
+    wanted = list(data.classes).index(name)
+    return list(islice((i for i in range(len(data)) if (data.label(i) == wanted).any()), count))
 
 
 class LinearOnUnitVectors(nn.Module):
     """A linear classifier learned from cells (N, D) with labels 0…C−1, at most 1,500 of each class."""
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
         super().__init__()
-        known = labels < len(CLASSES)
+        known = labels < num_classes
         pixels, label = unit(features, 1).permute(0, 2, 3, 1)[known], labels[known]
         order = torch.randperm(len(label), generator=torch.Generator().manual_seed(0))
-        keep = torch.cat([order[label[order] == c][:1500] for c in range(len(CLASSES))])
+        keep = torch.cat([order[label[order] == c][:1500] for c in range(num_classes)])
         fitted = LogisticRegression(C=100, max_iter=1000).fit(pixels[keep], label[keep])
-        self.weight = torch.tensor(fitted.coef_, dtype=torch.float32)[..., None, None]
-        self.bias = torch.tensor(fitted.intercept_, dtype=torch.float32)
+        self.weight, self.bias = (
+            torch.zeros(num_classes, pixels.shape[1], 1, 1),
+            torch.full((num_classes,), -1e4),
+        )
+        at = torch.from_numpy(fitted.classes_).long()
+        self.weight[at] = torch.tensor(fitted.coef_, dtype=torch.float32)[..., None, None]
+        self.bias[at] = torch.tensor(fitted.intercept_, dtype=torch.float32)
 
     def forward(self, features: Tensor) -> Tensor:
         return nn.functional.conv2d(unit(features, 1), self.weight, self.bias)
 
 
-def scores(model: Segmenter, classes: Sequence[str]) -> tuple[float, float]:
+def scores(
+    model: Segmenter, data: Dataset, classes: Sequence[str], new: Sequence[str]
+) -> tuple[float, float]:
     """Mean IoU in % of the old and of the new classes; labels of classes that the model lacks are ignored."""
-    data = with_classes(build_dataset("digits", root=None, split="val"), classes, colours(classes))
+    data = with_classes(data, classes, [(0, 0, 0)] * len(classes))
     result = evaluate(
         lambda image, size: segment(model, image, size),
         ((*data.read(i), i, data.name(i)) for i in range(len(data))),
@@ -104,29 +103,49 @@ def scores(model: Segmenter, classes: Sequence[str]) -> tuple[float, float]:
         torch.device("cpu"),
     )
     iou = dict(zip(data.classes, (100 * result.iou).tolist()))
-    new = [iou[name] for name in NEW if name in iou]
-    return statistics.mean(iou[name] for name in OLD), statistics.mean(new) if new else float("nan")
+    groups = [[value for name, value in iou.items() if (name in new) == wanted] for wanted in (False, True)]
+    old_iou, new_iou = (statistics.mean(group) if group else float("nan") for group in groups)
+    return old_iou, new_iou
 
 
-def unknown_found(path: Path) -> tuple[float, float]:
-    """AUROC in % of distance and softmax as scores of unknown digits, against pixels of known digits."""
-    model, _, _ = load_segmenter(path)
-    assert model.prototypes is not None
-    val = build_dataset("digits", root=None, split="val")
-    features, labels = embedded(model, val, range(len(val)))
-    logits, distance = model.prototypes(features, return_distance=True)
-    digit = labels < CLASSES.index("background")
-    unknown = torch.isin(labels, torch.tensor([CLASSES.index(name) for name in NEW]))[digit]
-    by_distance, by_softmax = (
-        100 * float(roc_auc_score(unknown, score[digit]))
-        for score in (distance, 1 - logits.softmax(1).amax(1))
+def unknown_found(
+    model: Segmenter, old: tuple[Tensor, Tensor], val: Dataset, new: Sequence[str]
+) -> tuple[float, ...]:
+    """AUROC in % of four scores, new classes' pixels against those of the old ones, a background aside:
+    distance, standardised by the cosines of each prototype's own pixels in `old`, softmax, energy."""
+    head = model.prototypes
+    assert head is not None
+    own_NK = own_similarities(
+        head.unit_rows(old[0]), head.prototypes, old[1].flatten().clamp(max=head.num_classes - 1)
     )
-    return by_distance, by_softmax
+    cosine_N, nearest_N = own_NK.max(1)
+    at_N = old[1].flatten() * head.num_prototypes + nearest_N
+    moments = []
+    for p in range(head.num_classes * head.num_prototypes):
+        mine = cosine_N[(at_N == p) & (old[1].flatten() < head.num_classes)]
+        moments.append((mine.mean(), mine.std()) if len(mine) > 20 else (cosine_N.mean(), cosine_N.std()))
+    mean_P, spread_P = (torch.stack(part) for part in zip(*moments))
+    found: list[list[Tensor]] = [[] for _ in range(4)]
+    unknown = []
+    for i in range(0, len(val), BATCH):
+        features, labels = embedded(model, val, range(i, min(i + BATCH, len(val))))
+        names = list(val.classes)
+        aside = [len(names) - 1] if names[-1] == "background" else []
+        asked = (labels < len(names)) & ~torch.isin(labels, torch.tensor(aside))
+        unknown.append(torch.isin(labels, torch.tensor([names.index(name) for name in new]))[asked])
+        logits, distance = head(features, return_distance=True)
+        cosines_NP = head.unit_rows(features) @ head.prototypes.flatten(0, 1).t()
+        best_N, at_N = cosines_NP.max(1)
+        standardised = ((mean_P[at_N] - best_N) / spread_P[at_N]).view_as(labels)
+        each = (distance, standardised, 1 - logits.softmax(1).amax(1), -logits.logsumexp(1))
+        for values, score in zip(found, each):
+            values.append(score[asked])
+    return tuple(100 * float(roc_auc_score(torch.cat(unknown), torch.cat(values))) for values in found)
 
 
-def table(head: str, rows: dict[str, list[tuple[float, float]]]) -> str:
+def table(columns: Sequence[str], rows: dict[str, list[tuple[float, ...]]]) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-    lines = [head, "|---|---|---|"]
+    lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, seeds in rows.items():
         cells = []
         for values in zip(*seeds):
@@ -138,38 +157,62 @@ def table(head: str, rows: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Add two digits to a model trained on eight.")
+    parser = argparse.ArgumentParser(description="Add classes to a model trained without them.")
+    parser.add_argument("--config", type=Path, default=Path("configs/digits_resnet18_k4.yaml"))
+    parser.add_argument("--new", nargs="+", default=["8", "9"], metavar="CLASS")
     parser.add_argument("--images", type=int, default=10, metavar="N", help="labelled images per new class")
     parser.add_argument("--refit", type=int, default=128, metavar="N", help="training images for refit")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/add_classes"), metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of both trainings")
     args = parser.parse_intermixed_args()
-    iou: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    auroc: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for seed in range(args.seeds):
-        few = trained(OLD, seed, args.out / f"few_{seed}", args.overrides)
-        every = trained(CLASSES, seed, args.out / f"all_{seed}", args.overrides)
-        for name, anew in (("trained on 0–7", False), ("the same, refit", True)):
-            model, config, content = load_segmenter(few)
+    new = args.new
+    both = " and ".join(new)
+    iou: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    auroc: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for seed in args.seeds:
+        overrides = [*args.overrides, f"train.seed={seed}", "eval.samples=0"]
+        config = load_config(args.config, overrides)
+        data, val = open_dataset(config, config.data.train_split), open_dataset(config, config.data.val_split)
+        old = [name for name in data.classes if name not in new]
+        few, every = args.out / f"few_{seed}", args.out / f"all_{seed}"
+        train(without(config, new), few, resume="auto")
+        train(config, every, resume="auto")
+        chosen = {name: showing(data, name, args.images) for name in new}
+        for anew in (False, True):
+            model, trained, content = load_segmenter(few / "last.pt")
+            head = model.prototypes
+            assert head is not None
+            as_old = with_classes(data, old, [(0, 0, 0)] * len(old))
+            seen = embedded(model, as_old, range(args.refit))
             if anew:
-                refit(model, args.refit)
-            known, longer = few.with_name("known.pt"), few.with_name("longer.pt")
-            save_segmenter(known, model, config, OLD, colours(OLD), content["step"])
-            classes = add_new_classes(model, args.images)
-            save_segmenter(longer, model, config, classes, colours(classes), content["step"])
-            iou[name].append(scores(load_segmenter(known)[0], OLD))
-            iou[f"{name}, then 8 and 9 added"].append(scores(load_segmenter(longer)[0], classes))
-            auroc[name].append(unknown_found(known))
-        model, _, _ = load_segmenter(few)
-        images = embedded(model, build_dataset("digits", root=None, split="train"), range(args.refit))
-        model.classifier = LinearOnUnitVectors(*images)
-        iou["trained on 0–7, then a linear classifier of 0–9"].append(scores(model, CLASSES))
-        iou["trained on 0–9"].append(scores(load_segmenter(every)[0], CLASSES))
-        print(table("\n| mIoU % | 0–7 and background | 8 and 9 |", iou))
-        print(
-            table("\n| AUROC % for 8 and 9 | 1 − largest cosine | 1 − largest softmax |", auroc), flush=True
+                head.refit([seen])
+            name = "the same, then refit" if anew else f"trained without {both}"
+            iou[name].append(scores(model, val, old, new))
+            auroc[name].append(unknown_found(model, seen, val, new))
+            for each in new:
+                features, labels = embedded(model, data, chosen[each])
+                head.add_class(features, labels == list(data.classes).index(each))
+            longer = few / "longer.pt"
+            colours = [(0, 0, 0)] * len(data.classes)
+            save_segmenter(longer, model, trained, [*old, *new], colours, content["step"])
+            iou[f"{name}, then both added"].append(scores(load_segmenter(longer)[0], val, [*old, *new], new))
+        model, _, _ = load_segmenter(few / "last.pt")
+        images = embedded(model, data, sorted({i for indices in chosen.values() for i in indices}))
+        model.classifier = LinearOnUnitVectors(*images, len(data.classes))
+        iou["… then a linear classifier learned from the same images"].append(
+            scores(model, val, data.classes, new)
         )
+        iou["trained on all"].append(scores(load_segmenter(every / "last.pt")[0], val, data.classes, new))
+        print(table(("mIoU %", "the other classes", both), iou))
+        columns = (
+            f"AUROC % for {both}",
+            "1 − largest cosine",
+            "standardised",
+            "1 − largest softmax",
+            "energy",
+        )
+        print(table(columns, auroc), flush=True)
 
 
 if __name__ == "__main__":

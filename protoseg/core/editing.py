@@ -7,20 +7,15 @@ directions are drawn from the same seed on all of them.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from protoseg.core.clustering import (
-    assign,
-    cluster_counts,
-    cluster_sums,
-    divided,
-    momentum_update,
-    start_prototypes,
-)
-from protoseg.core.similarity import own_similarities, unit
+from protoseg.core.clustering import divided, momentum_update, start_prototypes
+from protoseg.core.similarity import unit
+from protoseg.core.update import step_sums
 
 SPLIT_NOISE = 0.1  # length of the noise that tells a split prototype from the one it came from
 # The head's buffers, all with one row per class, and those of them with one number per prototype.
@@ -131,44 +126,36 @@ def set_num_prototypes(
 
 @torch.no_grad()
 def refit(head: Any, batches: Iterable[tuple[Tensor, Tensor]], rounds: int = 3) -> None:
-    """Cluster all classes anew from (features, labels) batches; classes without a pixel stay as they are.
+    """Move all prototypes to the means of their pixels in (features, labels) batches, from where they stand.
 
     features (B, D, h, w), labels (B, h, w) at the same resolution. `batches` is gone through 1 + rounds
-    times (a list or loader, not a generator): once to start each class from the first batch that shows
-    it, then each round moves every prototype to the mean of its pixels in all batches. Errors: ValueError
-    for a generator.
+    times (a list or loader, not a generator): once to start classes that have no prototypes, then each round
+    moves every prototype to the mean of the pixels that are nearest to it; of which pixels, says
+    `update_pixels`, as in training. A prototype without a pixel stays. To cluster anew, set `initialized` to
+    False first. Errors: ValueError for a generator.
     """
     if iter(batches) is batches:
         raise ValueError("refit: goes through the batches several times; give a list or a loader")
-    num_classes, num_prototypes, _ = head.prototypes.shape
-    fresh_C = torch.ones_like(head.initialized)
     for features, labels in batches:
-        labels_N = head._valid_labels(features, labels, only_initialized=False)
-        wanted_CK = fresh_C[:, None].expand(-1, num_prototypes)
-        protos_CKD, placed_CK = head._start(head.unit_rows(features), labels_N, head.prototypes, wanted_CK)
-        head.prototypes.copy_(protos_CKD)
-        fresh_C &= ~placed_CK.any(1)
-    head.initialized |= ~fresh_C
-    counts_CK = torch.zeros_like(head.usage)
-    sizes = (num_classes, num_prototypes)
+        head.prepare_(features, labels)
+    rule = head.settings.update_pixels
     for _ in range(rounds):
         sums_CKD = torch.zeros_like(head.prototypes)
-        counts_CK = torch.zeros_like(head.usage)
+        moving_CK, counts_CK = torch.zeros_like(head.usage), torch.zeros_like(head.usage)
         for features, labels in batches:
-            emb_ND, labels_N = head.unit_rows(features), head._valid_labels(features, labels)
-            own_NK = own_similarities(emb_ND, head.prototypes.to(emb_ND.dtype), labels_N)
-            assignment_N = assign(head._plan(own_NK, labels_N), labels_N)
-            sums_CKD += cluster_sums(emb_ND, labels_N, assignment_N, *sizes)
-            counts_CK += cluster_counts(labels_N, assignment_N, *sizes, counts_CK.dtype)
-        if head.all_reduce is not None:
-            sums_CKD, counts_CK = head.all_reduce(sums_CKD, "sum"), head.all_reduce(counts_CK, "sum")
+            out = head.training_step(features, labels)
+            out = replace(out, assignment=torch.where(out.labels >= 0, out.nearest, -1))
+            totals = step_sums([out], head.num_classes, head.num_prototypes, rule, head.all_reduce)
+            for total, part in zip((sums_CKD, moving_CK, counts_CK), totals):
+                total += part
         head.prototypes.copy_(
-            momentum_update(head.prototypes, divided(sums_CKD, counts_CK), counts_CK, momentum=0.0)
+            momentum_update(head.prototypes, divided(sums_CKD, moving_CK), moving_CK, momentum=0.0)
         )
+    shown_C = counts_CK.sum(1) > 0
     for name in PER_PROTOTYPE:
-        getattr(head, name).masked_fill_(~fresh_C[:, None], 0)
-    head.agreeing.masked_fill_(~fresh_C, 0)
-    head.usage.copy_(torch.where(fresh_C[:, None], head.usage, counts_CK))
+        getattr(head, name).masked_fill_(shown_C[:, None], 0)
+    head.agreeing.masked_fill_(shown_C, 0)
+    head.usage.copy_(torch.where(shown_C[:, None], counts_CK, head.usage))
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ class PrototypeHead(nn.Module):
         editing.set_num_prototypes(self, num_prototypes, features, labels)
 
     def refit(self, batches: Iterable[tuple[Tensor, Tensor]], rounds: int = 3) -> None:
-        """Cluster all classes anew from (features, labels) batches."""
+        """Move all prototypes to the means of their pixels in (features, labels) batches."""
         editing.refit(self, batches, rounds)
 
     def resize_(self, num_classes: int) -> None:

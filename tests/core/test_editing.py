@@ -5,6 +5,7 @@ import torch
 from helpers import assert_close_report, run_ranks, unit_vectors
 
 from protoseg.core.prototypes import PrototypeHead
+from protoseg.core.similarity import unit
 
 
 def scene(classes, seed=0, noise=0.3, dim=16, per_class=40):
@@ -74,16 +75,38 @@ def test_number_of_prototypes_changes_with_and_without_data():
         head.set_num_prototypes(0)
 
 
-def test_refit_recovers_from_bad_prototypes_and_leaves_absent_classes():
+def test_refit_starts_what_has_no_prototypes_and_leaves_absent_classes():
     head = trained(range(4), start="random")
     head.prototypes.copy_(unit_vectors(4, 3, 16, seed=5))
+    head.initialized[:3] = False
     before = head.prototypes.clone()
     head.refit([scene(range(3), seed=s) for s in (1, 2)])
     assert torch.equal(head.prototypes[3], before[3])
     assert accuracy(head, *scene(range(3), seed=3)) == 1
-    assert (head.usage[:3].sum(1) > 0).all()
+    assert (head.usage[:3].sum(1) == 80).all(), "the pixels of the last round"
     assert not head.nearest_usage[:3].any(), "counts of prototypes that are gone"
     assert not head.movement[:3].any()
+
+
+@pytest.mark.parametrize("rule", ["correct", "all"])
+def test_refit_moves_prototypes_to_the_mean_of_the_nearest_pixels_of_the_rule(rule):
+    features, labels = scene(range(4), noise=2.0)
+    head = trained(range(4), update_pixels=rule)
+    expected = head.prototypes.clone()
+    pixels = unit(features[0, :, 0].t())
+    for _ in range(2):
+        cosines = torch.einsum("nd,ckd->nck", pixels, expected)
+        right = cosines.amax(2).argmax(1) == labels.flatten()
+        assert 0 < right.sum() < len(right)
+        for c in range(4):
+            mine = labels.flatten() == c
+            nearest = cosines[:, c].argmax(1)
+            for k in range(3):
+                moves = mine & (nearest == k) & (right | (rule == "all"))
+                if moves.any():
+                    expected[c, k] = unit(pixels[moves].mean(0))
+    head.refit([(features, labels)], rounds=2)
+    assert_close_report(head.prototypes, expected, "prototypes", "CKD", 1e-5)
 
 
 @pytest.mark.parametrize("score_norm", ["scale", "layer_norm"])
