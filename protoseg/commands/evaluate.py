@@ -8,7 +8,7 @@ from pathlib import Path
 
 from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_overrides
 from protoseg.config import merge_into_trained
-from protoseg.data.datasets import data_tree, open_dataset
+from protoseg.data.datasets import model_tree, open_dataset
 from protoseg.data.file_dataset import in_short, with_classes
 from protoseg.data.loader import EvalLoader
 from protoseg.evaluation.inference import segment
@@ -45,8 +45,7 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
     ignored = [name for name in given.classes if name not in dataset.classes]
     if ignored and distributed.is_main():
         print(f"note: {path} has no class {in_short(ignored)}: these labels are ignored", flush=True)
-    # A model whose classes were edited after training, or scored on other data, may have none of the tree.
-    tree = data_tree(config.data, dataset.classes) if dataset is given else None
+    tree = model_tree(config.data, dataset.classes)
     count = None if tree is None else ConsistencyCount(tree, device)
     model = model.to(device)
     ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}

@@ -30,7 +30,7 @@ from protoseg.commands.prediction_files import (
 from protoseg.commands.video import VideoWriter, pyav, read_frames
 from protoseg.config import merge_into_trained
 from protoseg.data.classes.palette import overlay
-from protoseg.data.datasets import dataset_spec, image_reader
+from protoseg.data.datasets import dataset_spec, image_reader, model_tree
 from protoseg.data.reading.decode import read_image
 from protoseg.data.reading.label_ids import LabelMap, export_ids
 from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--raw-ids", action="store_true", help="labels hold the dataset's own ids, as test servers want them"
     )
+    parser.add_argument("--level", type=int, metavar="N", help="of the label tree, from 1 at its top")
     parser.add_argument("--page", type=int, metavar="N", help="of files with several pages, from 1")
     parser.add_argument(
         "--bands", nargs=3, type=int, metavar=("R", "G", "B"), help="of files with more than three, from 1"
@@ -82,12 +83,24 @@ def main(arguments: Sequence[str]) -> int:
         label_map = spec.label_map
         if list(spec.classes) != content["classes"]:
             raise UserError(f"--raw-ids: {args.run} has other classes than its dataset; leave the option out")
+    palette, nodes = [(r, g, b) for r, g, b in content["palette"]], None
+    if args.level is not None:
+        if args.raw_ids:
+            raise UserError("--raw-ids: nodes of a label tree have none; leave --level or --raw-ids out")
+        tree = model_tree(config.data, content["classes"])
+        if tree is None:
+            raise UserError(f"--level: {args.run} has no label tree; train with data.tree, or leave it out")
+        if not 1 <= args.level <= tree.height:
+            raise UserError(f"--level: the tree of {args.run} has levels 1-{tree.height}, got {args.level}")
+        nodes, palette = tree.level_of_classes(args.level), tree.colours(palette)
+        print("in labels/: " + ", ".join(f"{v} {tree.names[v]}" for v in nodes.unique().tolist()), flush=True)
     outputs = Outputs(
         args.out,
-        [(r, g, b) for r, g, b in content["palette"]],
+        palette,
         export_ids(content["classes"], label_map) if args.raw_ids else None,
         args.confidence,
         args.prototypes,
+        nodes,
     )
     with progress("predict") as on_progress, autocast(config, device):
         failures = predict_sources(
@@ -150,7 +163,8 @@ def predict_sources(
                 confidence=outputs.confidence,
                 prototypes=outputs.prototypes,
             )
-        return Prediction(*(None if each is None else each.cpu() for each in prediction))  # type: ignore
+        found = Prediction(*(None if each is None else each.cpu() for each in prediction))  # type: ignore
+        return found if outputs.nodes is None else found._replace(classes=outputs.nodes[found.classes])
 
     def read(source: Source) -> Tensor | UserError:
         return attempt(read_image, Path(source.path))

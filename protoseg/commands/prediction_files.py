@@ -51,6 +51,9 @@ class Outputs:
     raw_ids: NDArray[np.int64] | None = None  # (C,) ids to write in place of class ids
     confidence: bool = False
     prototypes: bool = False
+    nodes: Tensor | None = (
+        None  # (C,) nodes of a label tree to show in place of classes; the palette is theirs
+    )
 
 
 def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:

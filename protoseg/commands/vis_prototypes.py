@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from protoseg.commands.arguments import runs_and_overrides
 from protoseg.config import Config, merge_into_trained
-from protoseg.data.datasets import open_dataset
+from protoseg.data.datasets import model_tree, open_dataset
 from protoseg.data.file_dataset import Dataset, with_classes
+from protoseg.data.tree import LabelTree
 from protoseg.evaluation.nearest_patches import FILE as PATCHES_FILE
 from protoseg.evaluation.nearest_patches import save_patches
 from protoseg.figures.page import FigureEntry, explorer_page
@@ -25,9 +26,11 @@ from protoseg.figures.prototype_figures import (
     embedding_figure,
     project,
     prototypes_in_use,
+    tree_figure,
 )
 from protoseg.figures.sample_figures import (
     comparison_figure,
+    patch_rows,
     patches_figure,
     similarity_figure,
     which_prototype_figure,
@@ -91,6 +94,7 @@ class Loaded(NamedTuple):
     step: int
     classes: list[str]
     palette: list[tuple[int, int, int]]
+    tree: LabelTree | None
 
 
 class Seen(NamedTuple):
@@ -140,7 +144,7 @@ def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse
     live_C = head.initialized.cpu().numpy()
     entries: list[FigureEntry] = []
     for drawn in itertools.chain(
-        _sample_figures(loaded, seen, deeds, protos_CKD, val.ignore_index),
+        _sample_figures(loaded, seen, deeds, protos_CKD),
         _prototype_figures(loaded, seen, deeds, protos_CKD, live_C),
         _patch_figures(first, deeds, live_C),
     ):
@@ -167,6 +171,7 @@ def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse
         figures=entries,
         score_name="cosine" if head.settings.score_norm == "scale" else "normalised score",
         prior_C=prior_in_cosines(head),
+        tree=first.tree,
     )
     write_text(out / "index.html", page)
     save_patches(
@@ -195,7 +200,7 @@ def _look(run: Loaded, surveyed: Dataset, images: int, val: Dataset, samples: in
 
 
 def _sample_figures(
-    loaded: Sequence[Loaded], seen: Sequence[Seen], deeds: Survey, protos_CKD: np.ndarray, ignore_index: int
+    loaded: Sequence[Loaded], seen: Sequence[Seen], deeds: Survey, protos_CKD: np.ndarray
 ) -> Iterator[Drawn]:
     """Figures of the sample images, those of the first one's size."""
     first, num_prototypes = loaded[0], protos_CKD.shape[1]
@@ -203,14 +208,10 @@ def _sample_figures(
     fitting = [i for i, sample in enumerate(samples) if sample.image.shape == samples[0].image.shape]
     places = [fitting[i] for i in spread_indices(len(fitting), ROWS)]
     same_size = [samples[i] for i in places]
+    maps = [(s.image, s.label, s.prediction, s.nearest) for s in same_size]
     yield Drawn(
         "which_prototype",
-        which_prototype_figure(
-            [(s.image, s.label, s.prediction, s.nearest) for s in same_size],
-            first.classes,
-            first.palette,
-            num_prototypes,
-        ),
+        which_prototype_figure(maps, first.classes, first.palette, num_prototypes, first.tree),
         "Which prototype",
         "Each prototype is its own shade of its class's colour, with its number in it.",
     )
@@ -223,8 +224,8 @@ def _sample_figures(
         cells_K = np.bincount(sample.nearest[sample.nearest // num_prototypes == c] % num_prototypes)
         busiest = np.argsort(-np.pad(cells_K, (0, num_prototypes - len(cells_K))), kind="stable")
         chosen = sorted(busiest[:MOST_MAPS].tolist())
-        maps = similarity_maps(sample.emb_hwD, protos_CKD[c, chosen])
-        rows.append((sample.image, f"class {first.classes[c]}", maps, chosen))
+        cosines = similarity_maps(sample.emb_hwD, protos_CKD[c, chosen])
+        rows.append((sample.image, f"class {first.classes[c]}", cosines, chosen))
     yield Drawn(
         "similarity",
         similarity_figure(rows),
@@ -236,7 +237,7 @@ def _sample_figures(
         compared = [(a.image, a.label, a.prediction, b.prediction) for a, b in pairs]
         yield Drawn(
             "comparison",
-            comparison_figure(compared, names, first.classes, first.palette, ignore_index),
+            comparison_figure(compared, names, first.classes, first.palette),
             "Two models",
             f"{names[0]} and {names[1]} on the same images, and where they differ.",
         )
@@ -282,6 +283,13 @@ def _prototype_figures(
             "Class-balanced training pixels. Below the diagonal, and right of zero, the nearest prototype is"
             " one of the pixel's own class.",
         )
+    if first.tree is not None:
+        yield Drawn(
+            "tree",
+            tree_figure(first.tree, first.palette, deeds),
+            "Label tree",
+            "A node's prototypes are those of its classes: of each the nearest training pixel and its share.",
+        )
     names = [first.classes[c] for c in alive]
     yield Drawn(
         "cosines",
@@ -311,26 +319,13 @@ def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[D
     often = np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES]
     in_use_C = prototypes_in_use(deeds.share_CK)
     for c in (c for c in often.tolist() if live_C[c]):
-        rows = []
-        for k in np.lexsort((-deeds.share_CK[c], deeds.won_CK[c] == 0)).tolist():  # idle ones last
-            share, precision, cosine = (
-                table[c, k] for table in (deeds.share_CK, deeds.precision_CK, deeds.cosine_CK)
-            )
-            caption = f"prototype {k + 1}\nshare {share:.0%}\nprecision {precision:.0%}\ncosine {cosine:.2f}"
-            patches = [
-                (
-                    outlined(patch.picture, patch.matched, PATCH_SIDE),
-                    f"{patch.cosine:.2f}" + (f"  is {run.classes[patch.label]}" if patch.label != c else ""),
-                )
-                for patch in deeds.patches[c * num_prototypes + k]
-            ]
-            if not patches:
-                caption = f"prototype {k + 1}: wins no pixel of the images looked at"
-            rows.append((caption.replace("nan%", "–").replace("nan", "–"), patches))
         name = "".join(letter if letter.isalnum() else "_" for letter in run.classes[c])
         in_use = f"{in_use_C[c]:.1f} of {num_prototypes} prototypes in use"
         title = f"class {run.classes[c]}: {in_use}; nearest training pixels, one per image"
-        yield Drawn(safe_name(f"patches_{c:03d}_{name}"), patches_figure(title, rows))
+        yield Drawn(
+            safe_name(f"patches_{c:03d}_{name}"),
+            patches_figure(title, patch_rows(deeds, c, run.classes, PATCH_SIDE)),
+        )
 
 
 def _score(folder: Path) -> str:
@@ -346,4 +341,6 @@ def _load(path: Path, overrides: Sequence[str], device: torch.device) -> Loaded:
     if name.startswith("seed"):  # a run of a sweep, whose row is called like the folder above
         name = f"{folder.resolve().parent.name}, {name}"
     palette = [(int(r), int(g), int(b)) for r, g, b in content["palette"]]
-    return Loaded(name, folder, model.to(device), config, content["step"], content["classes"], palette)
+    classes = content["classes"]
+    tree = model_tree(config.data, classes)
+    return Loaded(name, folder, model.to(device), config, content["step"], classes, palette, tree)

@@ -123,12 +123,11 @@ def dataset_spec(data: DataConfig) -> DatasetSpec:
             f"data: '{data.name}' brings its own classes, palette, ignore_index and label_map; "
             "remove them, or use name: folder"
         )
-    if data.classes is None:
-        data_tree(data, spec.classes)
-        return spec
-    classes = digits.known_classes(data.classes)  # some of the digits
-    data_tree(data, classes)
-    return replace(spec, classes=classes, palette=digits.colours(classes))
+    if data.classes is not None:  # some of the digits
+        classes = digits.known_classes(data.classes)
+        spec = replace(spec, classes=classes, palette=digits.colours(classes))
+    _check_tree(data_tree(data, spec.classes), spec.ignore_index)
+    return spec
 
 
 def _folder_spec(spec: DatasetSpec, data: DataConfig) -> DatasetSpec:
@@ -152,19 +151,29 @@ def _folder_spec(spec: DatasetSpec, data: DataConfig) -> DatasetSpec:
             f"data.palette: wants {len(names)} RGB triples of 0-255, one per class; got {len(palette)}"
         )
     label_map, tree, nodes = data.label_map, data_tree(data, names), spec.nodes
+    _check_tree(tree, ignored)
     if label_map is not None:
         above = {} if tree is None else {name: v for v, name in enumerate(tree.names) if v >= len(names)}
         label_map = {raw: _target(raw, target, names, above) for raw, target in label_map.items()}
         if any(target in above.values() for target in label_map.values()):
             nodes = tuple(above)
-            if not len(names) + len(nodes) <= ignored:
-                raise UserError(
-                    f"data.ignore_index: {ignored} is the id of a node of data.tree;"
-                    f" give {len(names) + len(nodes)} or more, and map the raw id in data.label_map"
-                )
     return replace(
         spec, classes=names, palette=palette, ignore_index=ignored, label_map=label_map, nodes=nodes
     )
+
+
+def _check_tree(tree: LabelTree | None, ignored: int) -> None:
+    """Labels hold the ids of inner nodes after those of classes: none of them may mean ignored."""
+    if tree is not None and ignored < len(tree.names):
+        raise UserError(
+            f"data.ignore_index: {ignored} is the id of a node of data.tree; use fewer nodes, or give"
+            f" {len(tree.names)} or more and map the raw id in data.label_map"
+        )
+
+
+def model_tree(data: DataConfig, classes: Sequence[str]) -> LabelTree | None:
+    """The label tree of a trained model; None if it has none, or other classes than it was trained with."""
+    return data_tree(data, classes) if tuple(classes) == dataset_spec(data).classes else None
 
 
 def data_tree(data: DataConfig, classes: Sequence[str]) -> LabelTree | None:

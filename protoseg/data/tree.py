@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.core.tree_losses import TreeTables, ancestor_matrix, tree_distances
@@ -73,6 +75,16 @@ class LabelTree:
         """Class ids of a subtree (−1: of all), siblings side by side."""
         below = [v for v in self.depth_first(node) if v < self.num_classes]
         return below or [node]
+
+    def colours(self, palette: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """Of all nodes, from those of the classes: an inner node has the colour of its first class."""
+        return [palette[self.leaves(node)[0]] for node in range(len(self.names))]
+
+    def settled(self, label: NDArray, prediction: NDArray) -> NDArray:
+        """Labels, in which an inner node is the predicted class where that lies below it, and so is right."""
+        known = np.where(label < len(self.names), label, 0)
+        below = self.ancestors_VV.numpy()[prediction, known] & (label < len(self.names))
+        return np.where(below, prediction, label)
 
     def tables(self) -> TreeTables:
         """What the losses take."""

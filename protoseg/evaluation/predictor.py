@@ -16,7 +16,8 @@ from torch import Tensor
 
 from protoseg.config import Config
 from protoseg.data.classes.palette import overlay
-from protoseg.data.datasets import image_reader
+from protoseg.data.datasets import image_reader, model_tree
+from protoseg.data.tree import LabelTree
 from protoseg.evaluation.inference import (
     WHOLE,
     InferenceSettings,
@@ -68,6 +69,24 @@ class Segmentation:
     distance: NDArray[np.float32] | None  # 1 − cosine of the nearest prototype; None without cosines
     classes: list[str]
     palette: list[tuple[int, int, int]]
+    tree: LabelTree | None = None  # data.tree, where the model was trained with one
+
+    def at_level(self, level: int) -> NDArray[np.int64]:
+        """Node ids of `tree` at one of its levels, 1 at the top: (H, W). Errors: UserError."""
+        tree = self._known_tree()
+        if not 1 <= level <= tree.height:
+            raise UserError(f"at_level: the label tree has levels 1-{tree.height}, got {level}")
+        return tree.level_of_classes(level).numpy()[self.labels]
+
+    def path(self, y: int, x: int) -> list[str]:
+        """Names on the best path of `tree` at a pixel, from the top down to the class. Errors: UserError."""
+        tree = self._known_tree()
+        return [tree.names[v] for v in tree.path(int(self.labels[y, x]))]
+
+    def _known_tree(self) -> LabelTree:
+        if self.tree is None:
+            raise UserError("this model has no label tree (data.tree), or not one of its present classes")
+        return self.tree
 
     def overlay(self) -> Image.Image:
         """The image under its classes' colours, half and half."""
@@ -244,7 +263,7 @@ class Predictor(ModelHubMixin):
         assert labels is not None
         assert confidence is not None
         picture = rearrange(image.cpu().numpy(), "c h w -> h w c")
-        about = list(self.classes), list(self.palette)
+        about = list(self.classes), list(self.palette), model_tree(self.settings.data, self.classes)
         return Segmentation(picture, labels, confidence, prototypes, distance, *about)
 
     def _save_pretrained(self, save_directory: Path) -> None:

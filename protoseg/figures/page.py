@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from protoseg.data.classes.palette import default_palette
+from protoseg.data.tree import LabelTree
 from protoseg.figures.pictures import Palette, outlined, resized, shades
 from protoseg.figures.prototype_figures import prototypes_in_use
 from protoseg.figures.survey import Patch, Sample, Survey, similarity_maps
@@ -49,8 +50,9 @@ def explorer_page(
     figures: Sequence[FigureEntry] = (),
     score_name: str = "cosine",
     prior_C: NDArray | None = None,
+    tree: LabelTree | None = None,
 ) -> str:
-    """The page as text. Labels of C and above are ignored pixels.
+    """The page as text. Labels of C and above are inner nodes of the tree, then ignored pixels.
 
     second: another model's predictions (H, W) for the samples; `names[1]` is what it is called. score_name:
     what the samples' class scores are, if not cosines. prior_C: what the model adds to a class's cosine.
@@ -80,6 +82,7 @@ def explorer_page(
         "prior": None if prior_C is None else [round(float(x), 3) for x in prior_C],
         "in_use": [round(float(x), 1) for x in prototypes_in_use(survey.share_CK)],
         "names": list(names),
+        "tree": None if tree is None else _tree(tree),
         "prototypes": [
             {
                 "share": _number(survey.share_CK.flat[m]),
@@ -102,6 +105,17 @@ def explorer_page(
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     template = files("protoseg.figures").joinpath("page.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/", text)
+
+
+def _tree(tree: LabelTree) -> dict[str, Any]:
+    """By node: its name, the path down to it, its first class; all nodes depth first."""
+    nodes = range(len(tree.names))
+    return {
+        "names": tree.names,
+        "paths": [tree.path(v) for v in nodes],
+        "first": [tree.leaves(v)[0] for v in nodes],
+        "order": tree.depth_first(),
+    }
 
 
 def _sample(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from protoseg.data.tree import LabelTree
 from protoseg.figures.pictures import (
     DPI,
     HEAT,
@@ -19,6 +21,7 @@ from protoseg.figures.pictures import (
     plain_axes,
     shades,
 )
+from protoseg.figures.survey import Survey
 
 NEIGHBOURS = 5  # pixels between which t-SNE shows a prototype
 
@@ -170,6 +173,43 @@ def distance_figure(
     right.set_xlabel("signed distance: own − other cosine", fontsize=7)
     for axes in (left, right):
         plain_axes(axes)
+    return figure
+
+
+def tree_figure(tree: LabelTree, palette: Palette, survey: Survey) -> Figure:
+    """The label tree from left to right; each class with its prototypes: the nearest training pixel of each,
+    and the share of the class's pixels, the largest first. Units: inches."""
+    leaves, colours, count = tree.leaves(), np.array(tree.colours(palette)) / 255, survey.share_CK.shape[1]
+    pitch, step, top = min(0.5, 30 / len(leaves)), 1.15, 0.1
+    height_of = {c: top + (i + 0.5) * pitch for i, c in enumerate(leaves)}
+    for node in (*reversed(tree.depth_first()), -1):
+        if node not in height_of:
+            height_of[node] = float(np.mean([height_of[child] for child in tree.children(node)]))
+    left, bottom = (tree.height + 1) * step, 2 * top + len(leaves) * pitch
+    right = left + count * pitch + top
+    figure = Figure(figsize=(right, bottom), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    for node in tree.depth_first():
+        x, y, parent = (tree.depths[node] - 0.8) * step, height_of[node], tree.parents[node]
+        trunk, end = x - 0.12 * step, left if node in leaves else x
+        start = trunk if parent < 0 else x - step
+        line_y = (height_of[parent], height_of[parent], y, y)
+        axes.plot((start, trunk, trunk, end), line_y, color="0.75", linewidth=0.8, zorder=1)
+        axes.text(
+            x, y, tree.names[node], fontsize=min(7, 16 * pitch), va="center",
+            bbox={"facecolor": "white", "edgecolor": colours[node], "linewidth": 1.6, "pad": 1.5},
+        )  # fmt: skip
+    for c in leaves:
+        order = np.argsort(-survey.share_CK[c], kind="stable").tolist()
+        for column, k in enumerate(k for k in order if survey.patches[c * count + k]):
+            side = 0.94 * pitch
+            x, y = left + column * pitch, height_of[c] - side / 2
+            axes.imshow(survey.patches[c * count + k][0].picture, extent=(x, x + side, y + side, y))
+            note = f"{survey.share_CK[c, k]:.0%}"
+            text = axes.text(x + 0.05 * side, y + 0.93 * side, note, fontsize=10 * pitch, color="white")
+            text.set_path_effects([patheffects.withStroke(linewidth=1, foreground="black")])
+    axes.set(xlim=(0, right), ylim=(bottom, 0), aspect="auto")
+    axes.set_axis_off()
     return figure
 
 

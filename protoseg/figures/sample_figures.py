@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from protoseg.data.classes.palette import colourise
+from protoseg.data.tree import LabelTree
 from protoseg.figures.pictures import (
     BOTH_WRONG,
     DPI,
@@ -24,10 +25,12 @@ from protoseg.figures.pictures import (
     class_legend,
     difference_map,
     error_map,
+    outlined,
     resized,
     shades,
     swatch,
 )
+from protoseg.figures.survey import Survey
 
 
 def sample_figure(
@@ -37,14 +40,21 @@ def sample_figure(
     classes: Sequence[str],
     palette: Palette,
     ignore_index: int,
+    tree: LabelTree | None = None,
 ) -> Figure:
-    """Image (H, W, 3), label, prediction and errors side by side, with a legend of the classes that occur."""
+    """Image (H, W, 3), label, prediction and errors side by side, with a legend of the classes that occur.
+
+    Labels may be inner nodes of the tree: a class below is then right.
+    """
     label, prediction = label.astype(np.int64), prediction.astype(np.int64)
+    right = label
+    if tree is not None:
+        right, classes, palette = tree.settled(label, prediction), tree.names, tree.colours(palette)
     panels = {
         "image": image,
         "label (white: ignored)": colourise(label, palette),
         "prediction": colourise(prediction, palette),
-        "errors (red)": error_map(label, prediction, ignore_index),
+        "errors (red)": error_map(right, prediction, ignore_index),
     }
     height = 2.6 * image.shape[0] / image.shape[1] + 0.9
     figure = Figure(figsize=(10.4, height), layout="constrained", dpi=120)
@@ -84,6 +94,29 @@ def patches_figure(title: str, rows: Sequence[tuple[str, Sequence[tuple[NDArray,
     return figure
 
 
+def patch_rows(
+    survey: Survey, c: int, classes: Sequence[str], side: int
+) -> list[tuple[str, list[tuple[NDArray, str]]]]:
+    """What `patches_figure` shows of a class: its prototypes by share, idle ones last; patches of `side`."""
+    rows, num_prototypes = [], survey.share_CK.shape[1]
+    for k in np.lexsort((-survey.share_CK[c], survey.won_CK[c] == 0)).tolist():
+        share, precision, cosine = (
+            table[c, k] for table in (survey.share_CK, survey.precision_CK, survey.cosine_CK)
+        )
+        caption = f"prototype {k + 1}\nshare {share:.0%}\nprecision {precision:.0%}\ncosine {cosine:.2f}"
+        patches = [
+            (
+                outlined(patch.picture, patch.matched, side),
+                f"{patch.cosine:.2f}" + (f"  is {classes[patch.label]}" if patch.label != c else ""),
+            )
+            for patch in survey.patches[c * num_prototypes + k]
+        ]
+        if not patches:
+            caption = f"prototype {k + 1}: wins no pixel of the images looked at"
+        rows.append((caption.replace("nan%", "–").replace("nan", "–"), patches))
+    return rows
+
+
 def similarity_figure(rows: Sequence[tuple[NDArray, str, NDArray, Sequence[int]]]) -> Figure:
     """One row per (image (H, W, 3), class name, cosine maps (J, h, w), which prototypes k these are): the
     image, then a heat map for each, called k + 1; one colour scale for all."""
@@ -119,9 +152,13 @@ def which_prototype_figure(
     classes: Sequence[str],
     palette: Palette,
     num_prototypes: int,
+    tree: LabelTree | None = None,
 ) -> Figure:
     """One row per (image, label, prediction, nearest prototype c·K + k per cell): the last in shades of the
-    class colours, with lines between classes and its larger regions numbered k + 1."""
+    class colours, with lines between classes and its larger regions numbered k + 1. Labels may be inner nodes
+    of the tree."""
+    if tree is not None:
+        classes, palette = tree.names, tree.colours(palette)
     figure = _rows_figure(len(rows), 4, rows[0][0].shape)
     grid = figure.subplots(len(rows), 4, squeeze=False)
     table = shades(palette, num_prototypes).reshape(-1, 3)
@@ -146,16 +183,20 @@ def comparison_figure(
     names: tuple[str, str],
     classes: Sequence[str],
     palette: Palette,
-    ignore_index: int,
 ) -> Figure:
-    """One row per (image, label, first prediction, second prediction), and where the two differ."""
+    """One row per (image, label, first prediction, second prediction), and where the two differ.
+
+    Labels that are no class are shown as ignored.
+    """
     figure = _rows_figure(len(rows), 5, rows[0][0].shape)
     grid = figure.subplots(len(rows), 5, squeeze=False)
     for line, (image, label, first, second) in zip(grid, rows):
         line[0].imshow(image)
         for axes, ids in zip(line[1:4], (label, first, second)):
             axes.imshow(colourise(ids, palette), interpolation="nearest")
-        line[4].imshow(difference_map(label, first, second, ignore_index), interpolation="nearest")
+        unknown = len(classes)
+        differ = difference_map(label.clip(max=unknown), first, second, unknown)
+        line[4].imshow(differ, interpolation="nearest")
     for axes, title in zip(grid[0], ("image", "label (white: ignored)", *names, "where they differ")):
         axes.set_title(title, fontsize=8)
     bare(grid)

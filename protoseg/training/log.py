@@ -21,6 +21,7 @@ from torch import Tensor
 
 from protoseg.config import Config
 from protoseg.core.prototypes import PrototypeHead
+from protoseg.data.tree import LabelTree
 from protoseg.figures.pictures import Palette, png_of, save_figure
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure
 from protoseg.figures.sample_figures import sample_figure
@@ -86,8 +87,9 @@ class RunLog:
         classes: Sequence[str],
         palette: Palette,
         track: Sequence[str] = ("tensorboard",),
+        tree: LabelTree | None = None,
     ) -> None:
-        self.folder, self.classes, self.palette = folder, classes, palette
+        self.folder, self.classes, self.palette, self.tree = folder, classes, palette, tree
         self.metrics = folder / "metrics.jsonl"
         self.noted: set[str] = set()
         # A killed run may have logged steps that its checkpoint does not hold: they will be made again.
@@ -125,7 +127,7 @@ class RunLog:
         with self.optional(f"picture of {name}"):
             picture = rearrange(image.numpy(), "c h w -> h w c")
             maps = (label.numpy(), prediction.numpy())
-            figure = sample_figure(picture, *maps, self.classes, self.palette, ignore_index)
+            figure = sample_figure(picture, *maps, self.classes, self.palette, ignore_index, self.tree)
             path = f"samples/{safe_name(name.replace('/', '_'))}_{step:06d}"
             save_figure(figure, self.folder / f"{path}.png")  # no pyplot: the backend stays the user's
             self._show(path, (self.folder / f"{path}.png").read_bytes(), step)

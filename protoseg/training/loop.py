@@ -72,7 +72,7 @@ def train(config: Config, out: Path, resume: str | None = None, extend: bool = F
     if distributed.is_main():
         make_folder(out)
         write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
-        log = RunLog(out, run.step, run.classes, run.palette, config.train.track)
+        log = RunLog(out, run.step, run.classes, run.palette, config.train.track, run.tree)
         print(
             f"{out}: {len(train_set)} training and {len(val_set)} validation images,"
             f" {len(run.classes)} classes, {run.model.num_parameters:,} learnable parameters,"

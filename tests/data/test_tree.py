@@ -41,6 +41,11 @@ def test_levels_show_a_class_by_its_ancestor() -> None:
     assert shown[3] == list(CLASSES)
 
 
+def test_an_inner_node_has_the_colour_of_its_first_class() -> None:
+    palette = [(c, c, c) for c in range(6)]
+    assert [colour[0] for colour in tree_of(TEXT).colours(palette)] == [0, 1, 2, 3, 4, 5, 0, 1, 1, 2, 2]
+
+
 def test_distances_and_order() -> None:
     tree = tree_of(TEXT)
     distance = tree.distances_VV

@@ -17,10 +17,13 @@ from protoseg.commands.cli import execute as command
 from protoseg.core.health import Health
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.data.classes.palette import default_palette
+from protoseg.data.tree import label_tree
 from protoseg.figures import survey as survey_module
 from protoseg.figures.pictures import (
     ONLY_FIRST,
     ONLY_SECOND,
+    RIGHT,
+    WRONG,
     difference_map,
     outlined,
     resized,
@@ -34,9 +37,18 @@ from protoseg.figures.prototype_figures import (
     distance_figure,
     embedding_figure,
     project,
+    tree_figure,
 )
 from protoseg.figures.sample_figures import patches_figure, sample_figure, which_prototype_figure
-from protoseg.figures.survey import crop_around, read_samples, similarity_maps, spread_indices, survey
+from protoseg.figures.survey import (
+    Patch,
+    Survey,
+    crop_around,
+    read_samples,
+    similarity_maps,
+    spread_indices,
+    survey,
+)
 from protoseg.figures.training_figures import curves_figure, health_figure
 from protoseg.models.official import OfficialPrototypeHead
 from protoseg.models.segmenter import Segmenter
@@ -273,6 +285,38 @@ def test_patches_figure_has_room_for_every_prototype() -> None:
     assert boxes[0, 1] < boxes[1, 0], "no overlap"
     assert boxes[:, 1].max() <= width
     assert boxes[:, 2].max() < axes.texts[-1].get_position()[1] < height
+
+
+TREE = label_tree({"all": {"ground": None, "things": ["b", "c"]}}, ["ground", "b", "c"])
+COLOURS = ((9, 9, 9), (200, 0, 0), (0, 200, 0))
+
+
+def test_a_label_at_an_inner_node_is_met_by_any_class_below() -> None:
+    """Nodes: 3 all, 4 things."""
+    label = np.array([[0, 0, 1, 4, 4, 3, 255]])
+    prediction = np.array([[0, 1, 2, 2, 0, 1, 0]])
+    image = np.zeros((1, 7, 3), np.uint8)
+    shown = [axes.images[0].get_array() for axes in
+             sample_figure(image, label, prediction, TREE.names[:3], COLOURS, 255, TREE).axes]  # fmt: skip
+    assert [tuple(colour) for colour in shown[1][0]] == [
+        *(COLOURS[c] for c in (0, 0, 1, 1, 1, 1)), (255, 255, 255)
+    ]  # fmt: skip
+    expected = [RIGHT, WRONG, WRONG, RIGHT, WRONG, RIGHT, (255, 255, 255)]
+    assert [tuple(colour) for colour in shown[3][0]] == expected
+
+
+def test_the_tree_is_drawn_with_its_prototypes() -> None:
+    patch = Patch(0.9, 0, "x", 0, np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), bool))
+    share = np.array([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
+    seen = Survey(share, share, share, share.astype(int), [[patch], [patch], [patch], [], [patch], [patch]])
+    (axes,) = tree_figure(TREE, COLOURS, seen).axes
+    texts = {text.get_text(): text.get_position() for text in axes.texts}
+    assert {*TREE.names} < texts.keys()
+    assert texts["all"][0] < texts["things"][0] == texts["ground"][0] < texts["b"][0]
+    assert texts["things"][1] == pytest.approx((texts["b"][1] + texts["c"][1]) / 2)
+    assert len(axes.images) == 5, "one prototype wins nothing"
+    ground = [text.get_text() for text in axes.texts if text.get_text() in ("25%", "75%")]
+    assert ground == ["75%", "25%"], "the largest share first"
 
 
 def test_figures_show_their_numbers() -> None:

@@ -17,6 +17,7 @@ import torch
 from planted import PlantedSet, planted_model
 
 from protoseg.core.prototypes import PrototypeHead
+from protoseg.data.tree import LabelTree, label_tree
 from protoseg.figures.page import FigureEntry, explorer_page
 from protoseg.figures.survey import Patch, Sample, Survey, read_samples, survey
 from protoseg.models.segmenter import Segmenter
@@ -29,7 +30,9 @@ needs_browser = pytest.mark.skipif(
 PICTURE = b"\x89PNG\r\n\x1a\n"
 
 
-def write_page(path: Path, model: Segmenter, score_name: str = "cosine") -> Path:
+def write_page(
+    path: Path, model: Segmenter, score_name: str = "cosine", tree: LabelTree | None = None
+) -> Path:
     """The explorer of a model on the planted set, with a second model that predicts class 0 everywhere."""
     data = PlantedSet()
     assert model.prototypes is not None
@@ -49,6 +52,7 @@ def write_page(path: Path, model: Segmenter, score_name: str = "cosine") -> Path
         second=[np.zeros_like(sample.prediction) for sample in samples],
         score_name=score_name,
         prior_C=np.array([-0.05, -0.1]) if score_name == "cosine" else None,
+        tree=tree,
     )
     path.write_text(page)
     return path
@@ -237,6 +241,46 @@ def test_filter_views_and_colours(page: Any) -> None:
     Select(css(page, "#palette")[0]).select_by_value("safe")
     pictures.add(pixels())
     assert len(pictures) == 9, "every view, filter and palette changes the picture"
+
+
+@needs_browser
+def test_a_label_tree_filters_by_subtree_and_colours_by_level(page: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    tree = label_tree({"world": {"flat": ["ground"], "solid": ["thing"]}}, PlantedSet.classes)
+    visit(page, write_page(tmp_path / "index.html", planted_model(), tree=tree))
+
+    def legend() -> list[str]:
+        return [entry.text for entry in css(page, "#legend span") if entry.text]
+
+    def pixels() -> str:
+        return page.execute_script("return samples[0].canvas.toDataURL()")
+
+    names = [option.text.strip() for option in css(page, "#filter option")]
+    assert names == ["all", "world", "flat", "ground", "solid", "thing"]
+    by_class = pixels()
+    headings = ["world › flat › ground", "world › solid › thing"]
+    assert [each.text.split("\n")[0] for each in css(page, "#prototypes h3")] == headings
+    assert legend() == ["ground", "thing"]
+    Select(css(page, "#level")[0]).select_by_value("2")
+    assert legend() == ["flat", "solid"]
+    assert pixels() == by_class, "a node has the colour of its first class"
+    Select(css(page, "#level")[0]).select_by_value("1")
+    assert legend() == ["world"]
+    assert pixels() != by_class
+    Select(css(page, "#view")[0]).select_by_value("errors")
+    wrong = page.execute_script(
+        "return samples.map(s => [...s.label].filter((c, i) => c < 5 && !agree(c, s.prediction[i])).length)"
+    )
+    assert wrong == [0, 0, 0], "at the top all is of one node"
+    Select(css(page, "#level")[0]).select_by_value("0")
+    assert page.execute_script("return [agree(0, 1), agree(2, 1), agree(4, 1), agree(3, 1)]") == [
+        False, True, True, False
+    ]  # fmt: skip
+    Select(css(page, "#filter")[0]).select_by_value("4")
+    assert [each.text.split("\n")[0] for each in css(page, "#prototypes h3")] == headings[1:]
+    point_at(page, 0, square_cell(3))
+    assert "world › solid › thing" in inspector(page)
 
 
 @needs_browser

@@ -133,7 +133,8 @@ def test_label_map_leads_to_nodes() -> None:
             {"label_map": {0: "vehicles"}},
             "raw id 0 goes to 'vehicles', which is no class id 0-3, no class name, no node",
         ),
-        ({"ignore_index": 5}, "ignore_index: 5 is the id of a node of data.tree; give 6 or more"),
+        ({"ignore_index": 5}, "ignore_index: 5 is the id of a node of data.tree; use fewer nodes, or give 6"),
+        ({"ignore_index": 4, "label_map": None}, "ignore_index: 4 is the id of a node of data.tree"),
         ({"tree": {"flat": CLASSES[:3]}}, "data.tree: class sky stands nowhere"),
         (
             {"tree": "shipped"},
