@@ -41,7 +41,7 @@ class DataConfig(Section):
     palette: list[tuple[int, int, int]] | None = None
     ignore_index: Annotated[int, Field(ge=0)] | None = None
     label_map: dict[int, int | str] | None = None  # raw id → class id, class name or "ignore"
-    tree: Literal["shipped"] | dict[Any, Any] | None = None  # shipped: the dataset's own; see docs/trees.md
+    tree: Any = None  # nested classes, or shipped: the dataset's own; see docs/trees.md
     exclude: Path | None = None  # text file of images or labels to leave out, one per line
     exif: Literal["apply", "ignore"] = "apply"  # turn images as their orientation tag says, as viewers do
     value_range: Literal["auto"] | tuple[float, float] = "auto"  # what becomes 0 and 255; auto: see README

@@ -104,7 +104,8 @@ def label_tree(nested: Mapping[Any, Any], classes: Sequence[str]) -> LabelTree:
         where = f"below {below}" if below else "at the top"
         if not isinstance(name, str):
             raise UserError(
-                f"data.tree: a name {where} was read as {name!r}; put the word in quotes, as in 'no'"
+                f"data.tree: a name {where} was read as {name!r}; give a class by its name, in quotes if need"
+                " be, as 'no'"
             )
         inner = content is not None
         if not inner and name not in classes:
@@ -126,9 +127,8 @@ def label_tree(nested: Mapping[Any, Any], classes: Sequence[str]) -> LabelTree:
 
     def add_all(content: Any, below: str | None) -> None:
         if not isinstance(content, Mapping | list | tuple):
-            raise UserError(
-                f"data.tree: below {below or 'the root'} stands {content!r:.60}; give a list of classes"
-            )
+            hint = "a list of classes" if below else "nested classes, or the word shipped"
+            raise UserError(f"data.tree: below {below or 'the root'} stands {content!r:.60}; give {hint}")
         if not content:
             raise UserError(f"data.tree: node {below or 'root'} has no children; give it some or remove it")
         for each in content.items() if isinstance(content, Mapping) else content:
