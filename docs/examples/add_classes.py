@@ -1,4 +1,4 @@
-"""Classes added without training: python docs/examples/add_classes.py [--config CONFIG --new CLASS …]
+"""Classes added without training: python docs/examples/add_classes.py [--config CONFIG --new 8,9]
 
 Trains on all classes but the new ones, adds these from a few labelled images without a gradient step, and
 compares with training on all from scratch, all scored on the same validation images. Once more after the
@@ -78,10 +78,8 @@ class LinearOnUnitVectors(nn.Module):
         order = torch.randperm(len(label), generator=torch.Generator().manual_seed(0))
         keep = torch.cat([order[label[order] == c][:1500] for c in range(num_classes)])
         fitted = LogisticRegression(C=100, max_iter=1000).fit(pixels[keep], label[keep])
-        self.weight, self.bias = (
-            torch.zeros(num_classes, pixels.shape[1], 1, 1),
-            torch.full((num_classes,), -1e4),
-        )
+        self.weight = torch.zeros(num_classes, pixels.shape[1], 1, 1)
+        self.bias = torch.full((num_classes,), -1e4)  # where no image shows the class
         at = torch.from_numpy(fitted.classes_).long()
         self.weight[at] = torch.tensor(fitted.coef_, dtype=torch.float32)[..., None, None]
         self.bias[at] = torch.tensor(fitted.intercept_, dtype=torch.float32)
@@ -159,18 +157,18 @@ def table(columns: Sequence[str], rows: dict[str, list[tuple[float, ...]]]) -> s
 def main() -> None:
     parser = argparse.ArgumentParser(description="Add classes to a model trained without them.")
     parser.add_argument("--config", type=Path, default=Path("configs/digits_resnet18_k4.yaml"))
-    parser.add_argument("--new", nargs="+", default=["8", "9"], metavar="CLASS")
+    parser.add_argument("--new", default="8,9", metavar="CLASS,CLASS", help="classes left out at first")
     parser.add_argument("--images", type=int, default=10, metavar="N", help="labelled images per new class")
     parser.add_argument("--refit", type=int, default=128, metavar="N", help="training images for refit")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--seeds", default="0,1,2", metavar="N,N")
     parser.add_argument("--out", type=Path, default=Path("runs/add_classes"), metavar="DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of both trainings")
     args = parser.parse_intermixed_args()
-    new = args.new
+    new = args.new.split(",")
     both = " and ".join(new)
     iou: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     auroc: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for seed in args.seeds:
+    for seed in map(int, args.seeds.split(",")):
         overrides = [*args.overrides, f"train.seed={seed}", "eval.samples=0"]
         config = load_config(args.config, overrides)
         data, val = open_dataset(config, config.data.train_split), open_dataset(config, config.data.val_split)

@@ -15,6 +15,7 @@ from protoseg.core.similarity import own_similarities
 from protoseg.runtime.distributed import all_reduce
 
 
+@torch.inference_mode()  # as the embeddings of an evaluation are made in
 def prototype_use(
     head: PrototypeHead, samples: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, list[float | None]]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.evaluation.prototype_use import prototype_use
+from protoseg.models.official import OfficialPrototypeHead
 
 
 def test_by_hand() -> None:
@@ -29,3 +30,11 @@ def test_by_loops_over_several_images() -> None:
         share = torch.bincount(sims.argmax(1), minlength=3) / len(pixels)
         assert got["in_use"][c] == pytest.approx(float((-torch.xlogy(share, share).sum()).exp()))
         assert got["own_cosine"][c] == pytest.approx(float(sims.max(1).values.mean()), abs=1e-6)
+
+
+def test_a_head_with_a_projection_takes_what_an_evaluation_embedded() -> None:
+    """Such a head's weights want a gradient, which what inference mode made cannot give."""
+    head = OfficialPrototypeHead(8, 2, 3, start="random")
+    with torch.inference_mode():
+        embedding = torch.randn(1, 8, 2, 4)
+    assert None not in prototype_use(head, [(embedding, torch.tensor([[[0, 0, 1, 1]] * 2]))])["in_use"]
