@@ -1,12 +1,12 @@
 """Oracles written from the equations, pixel by pixel, and what several tests need."""
 
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ranks import Ranks
 from torch import Tensor
 
 
@@ -115,34 +115,5 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def run_ranks(world: int, work: Callable[[int, Callable[[Tensor, str], Tensor]], Any]) -> list[Any]:
-    """Run work(rank, all_reduce) in threads that meet at barriers, as processes of a group would."""
-    meet = threading.Barrier(world, timeout=30)
-    shared: list[Any] = [None] * world
-    results: list[Any] = [None] * world
-    errors: list[BaseException] = []
-
-    def all_reduce_of(rank: int) -> Callable[[Tensor, str], Tensor]:
-        def all_reduce(tensor: Tensor, op: str) -> Tensor:
-            shared[rank] = tensor.clone()
-            meet.wait()
-            stacked = torch.stack(shared)
-            meet.wait()
-            return tensor.copy_(stacked.sum(0) if op == "sum" else stacked.amax(0))
-
-        return all_reduce
-
-    def target(rank: int) -> None:
-        try:
-            results[rank] = work(rank, all_reduce_of(rank))
-        except BaseException as error:
-            errors.append(error)
-            meet.abort()
-
-    threads = [threading.Thread(target=target, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
+    """Run work(rank, all_reduce) on ranks that are threads."""
+    return Ranks(world).run(lambda rank, _, all_reduce: work(rank, all_reduce))

@@ -1,11 +1,17 @@
-"""Several ranks in one process: threads that meet in their collectives."""
+"""Several ranks: threads that meet in their collectives, or processes."""
 
+import os
 import threading
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
+
+from protoseg.runtime import distributed
 
 
 class Ranks:
@@ -36,9 +42,7 @@ class Ranks:
 
         def body(rank: int) -> None:
             try:
-                results[rank] = work(
-                    rank, lambda t: all_gather(rank, t), lambda t, op="sum": all_reduce(rank, t, op)
-                )
+                results[rank] = work(rank, partial(all_gather, rank), partial(all_reduce, rank))
             except BaseException as error:  # handed to the caller's thread below
                 errors.append(error)
                 self.barrier.abort()
@@ -51,3 +55,20 @@ class Ranks:
         if errors:
             raise errors[0]
         return results
+
+
+def one_and_two_processes(work: Callable[[int, int, Path], None], out: Path) -> Path:
+    """Run work(rank, world, out) alone, then in two processes of a gloo group; returns `out`."""
+    _process(0, work, 1, 0, out)
+    mp.spawn(_process, (work, 2, 29500 + os.getpid() % 400, out), nprocs=2)
+    return out
+
+
+def _process(rank: int, work: Callable[[int, int, Path], None], world: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        distributed.setup()
+    work(rank, world, out)
+    distributed.shutdown()

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-from protoseg.config import config_from, to_plain
+from protoseg.config import Config, config_from
 from protoseg.models.build import build_model
-from protoseg.models.checkpoint import save_checkpoint
+from protoseg.models.checkpoint import save_segmenter
 from protoseg.models.segmenter import Segmenter
+from protoseg.training.step import Run, build_run
 
 CLASSES = ["road", "car", "tree"]
 PALETTE = [(128, 64, 128), (0, 0, 142), (107, 142, 35)]
@@ -23,6 +25,17 @@ def tiny_config(root: Path, **changes: Any) -> dict[str, Any]:
     values = {
         "data": data,
         "decode_head": {"dim": 8},
+        "prototypes": {"num_per_class": 3, "start": "random"},
+    }
+    return values | changes
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """Plain configuration of a small model for the digits."""
+    values = {
+        "data": {"name": "digits"},
+        "backbone": {"name": "resnet18"},
+        "decode_head": {"dim": 16, "dropout": 0},
         "prototypes": {"num_per_class": 3, "start": "random"},
     }
     return values | changes
@@ -50,13 +63,16 @@ def write_checkpoint(path: Path, values: dict[str, Any], seed: int = 0) -> Segme
     config = config_from(values, "test")
     torch.manual_seed(seed)
     model = build_model(config, len(CLASSES)).eval()
-    content = {
-        "config": to_plain(config),
-        "classes": CLASSES,
-        "palette": [list(colour) for colour in PALETTE],
-        "step": 0,
-        "model": model.state_dict(),
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, content)
+    save_segmenter(path, model, config, CLASSES, PALETTE)
     return model
+
+
+def five_class_run(config: Config, images: int, dtype: torch.dtype = torch.float32) -> Run:
+    """A run whose BatchNorm stays in evaluation: SyncBatchNorm does not exist on the CPU."""
+    run = build_run(config, tuple("abcde"), ((0, 0, 0),) * 5, images, torch.device("cpu"), dtype)
+    for module in run.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, m=module: m  # type: ignore[method-assign]
+    return run

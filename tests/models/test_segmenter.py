@@ -1,10 +1,10 @@
 """Segmenter: what it builds, what learns, what does not."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tiny import small
 from torch import nn
 
 from protoseg.config import config_from
@@ -12,16 +12,6 @@ from protoseg.models.build import build_model
 from protoseg.models.checkpoint import load_segmenter, load_weights, save_segmenter
 from protoseg.models.segmenter import Segmenter, frozen_running_stats
 from protoseg.runtime.errors import UserError
-
-
-def small(**changes: Any) -> dict[str, Any]:
-    return {
-        "data": {"name": "digits"},
-        "backbone": {"name": "resnet18"},
-        "decode_head": {"dim": 16, "dropout": 0},
-        "prototypes": {"num_per_class": 3, "start": "random"},
-        **changes,
-    }
 
 
 def test_learnable_parameters_do_not_depend_on_classes_or_prototypes() -> None:

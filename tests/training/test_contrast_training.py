@@ -1,22 +1,20 @@
 """Pixel contrast in the trainer: configs, ranks, resuming, warm-up, and that nothing of it is left."""
 
 import json
-import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from tiny import CLASSES, write_folder
-from torch import nn
+from ranks import one_and_two_processes
+from tiny import CLASSES, five_class_run, write_folder
 
 from protoseg.config import Config, config_from, load_config
 from protoseg.data.loader import Batch
 from protoseg.models.build import build_model
 from protoseg.models.checkpoint import load_checkpoint, load_segmenter
-from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
 from protoseg.training import loop as trainer
 from protoseg.training import resume
@@ -63,13 +61,7 @@ def batch(step: int, part: slice = slice(None), classes: int = 5) -> Batch:
     return Batch(image[part], label[part], torch.arange(4)[part] + 4 * (step % 3))
 
 
-def make_run(config: Config, dtype: torch.dtype = torch.float32) -> Run:
-    run = build_run(config, tuple("abcde"), ((0, 0, 0),) * 5, 12, torch.device("cpu"), dtype)
-    for module in run.model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # SyncBatchNorm does not exist on the CPU
-            module.eval()
-            module.train = lambda mode=True, m=module: m  # type: ignore[method-assign]
-    return run
+make_run = partial(five_class_run, images=12)
 
 
 def contrast_state(run: Run) -> dict[str, torch.Tensor]:
@@ -80,30 +72,20 @@ def contrast_state(run: Run) -> dict[str, torch.Tensor]:
 CLASSIFIERS = ("prototypes", "linear")
 
 
-def rank_run(rank: int, world: int, port: int, out: str) -> None:
-    """Eight steps of one rank with each classifier."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        distributed.setup()
+def eight_steps(rank: int, world: int, out: Path) -> None:
+    """Of one rank with each classifier."""
     share = slice(rank * 4 // world, (rank + 1) * 4 // world)
     for classifier in CLASSIFIERS:
-        run = make_run(tiny(classifier), torch.float64)
+        run = make_run(tiny(classifier), dtype=torch.float64)
         values = [train_step(run, batch(step, share)) for step in range(8)]
         state = {"model": run.model.state_dict(), "contrast": contrast_state(run), "values": values}
-        torch.save(state, f"{out}/{classifier}-{world}-{rank}.pt")
-    distributed.shutdown()
+        torch.save(state, out / f"{classifier}-{world}-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `rank_run` saves, of one process and of two."""
-    out = tmp_path_factory.mktemp("ranks")
-    port = 29950 + os.getpid() % 400
-    rank_run(0, 1, port, str(out))
-    mp.spawn(rank_run, (2, port, str(out)), nprocs=2)
-    return out
+    """What `eight_steps` saves, of one process and of two."""
+    return one_and_two_processes(eight_steps, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)

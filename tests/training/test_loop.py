@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from PIL import Image
-from tiny import CLASSES, PALETTE, write_folder
+from ranks import one_and_two_processes
+from tiny import CLASSES, PALETTE, five_class_run, write_folder
 from torch import nn
 from torchvision.io import write_png
 
@@ -28,7 +28,6 @@ from protoseg.data.datasets import open_dataset
 from protoseg.data.loader import Batch
 from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
 from protoseg.models.checkpoint import load_checkpoint, load_segmenter, save_checkpoint
-from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
 from protoseg.training import loop
 from protoseg.training.loop import train
@@ -134,16 +133,10 @@ def rank_batches(rank: int, world: int, steps: int, order: Sequence[int] = (0, 1
     return batches
 
 
-def rank_run(rank: int, world: int, port: int, out: str) -> None:
+def twenty_steps_twice(rank: int, world: int, out: Path) -> None:
     """One rank's steps, whole and in two micro-batches."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        distributed.setup()
     for accumulation in (1, 2):
-        twenty_steps(rank, world, Path(out), accumulation)
-    distributed.shutdown()
+        twenty_steps(rank, world, out, accumulation)
 
 
 def twenty_steps(rank: int, world: int, out: Path, accumulation: int) -> None:
@@ -158,11 +151,7 @@ def twenty_steps(rank: int, world: int, out: Path, accumulation: int) -> None:
         "train": {"iterations": 20, "accumulation": accumulation},
     }
     config = config_from(values, "test")
-    run = build_run(config, tuple("abcde"), ((0, 0, 0),) * 5, 4, torch.device("cpu"), torch.float64)
-    for module in run.model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # SyncBatchNorm does not exist on the CPU
-            module.eval()
-            module.train = lambda mode=True, m=module: m  # type: ignore[method-assign]
+    run = five_class_run(config, 4, torch.float64)
     seen: list[torch.Tensor] = []
     assert run.model.prototypes is not None
     update = run.model.prototypes.update_
@@ -182,12 +171,8 @@ def twenty_steps(rank: int, world: int, out: Path, accumulation: int) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `rank_run` saves, of one process and of two."""
-    out = tmp_path_factory.mktemp("ranks")
-    port = 29500 + os.getpid() % 400
-    rank_run(0, 1, port, str(out))
-    mp.spawn(rank_run, (2, port, str(out)), nprocs=2)
-    return out
+    """What `twenty_steps` saves, of one process and of two."""
+    return one_and_two_processes(twenty_steps_twice, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

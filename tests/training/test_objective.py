@@ -5,22 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import small
 from torch import Tensor
 
 from protoseg.config import config_from
 from protoseg.core.losses import downsample_labels, loss_scale
 from protoseg.models.build import build_model
 from protoseg.training.objective import Labels, Objective, StepOutput
-
-
-def small(**changes: Any) -> dict[str, Any]:
-    return {
-        "data": {"name": "digits"},
-        "backbone": {"name": "resnet18"},
-        "decode_head": {"dim": 16, "dropout": 0},
-        "prototypes": {"num_per_class": 3, "start": "random"},
-        **changes,
-    }
 
 
 def objective_of(values: dict[str, Any]) -> Objective:
