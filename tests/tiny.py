@@ -24,6 +24,7 @@ def tiny_config(root: Path, **changes: Any) -> dict[str, Any]:
     data = {"name": "folder", "root": str(root), "classes": CLASSES, "palette": PALETTE, "workers": 0}
     values = {
         "data": data,
+        "backbone": {"name": "timm:test_efficientnet"},  # 82,300 parameters
         "decode_head": {"dim": 8},
         "prototypes": {"num_per_class": 3, "start": "random"},
     }

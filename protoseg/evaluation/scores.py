@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from protoseg.data.tree import LabelTree
 from protoseg.evaluation.inference import Prediction
@@ -106,9 +105,9 @@ def none_if_nan(value: float) -> float | None:
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """(C, C) pixel counts of int64 maps, row = label, column = prediction; ignored pixels are left out."""
-    return multiclass_confusion_matrix(
-        prediction, target, num_classes, ignore_index=ignore_index, validate_args=False
-    )
+    known = target != ignore_index
+    pairs = num_classes * target[known] + prediction[known]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def evaluate(

@@ -7,8 +7,6 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from protoseg.data.tree import LabelTree
@@ -32,6 +30,9 @@ def project(emb_ND: NDArray, protos_MD: NDArray, seed: int = 0) -> dict[str, tup
     Prototypes are means, nearer to each other than to any pixel: laid out together with the pixels, t-SNE
     would put them on an island of their own. So each stands at the median place of its nearest pixels.
     """
+    from sklearn.decomposition import PCA  # slow to load, and training needs the other figures alone
+    from sklearn.manifold import TSNE
+
     protos_MD = protos_MD.reshape(-1, emb_ND.shape[1])
     perplexity = min(30.0, (len(emb_ND) - 1) / 3)
     with threadpool_limits(1):  # on a busy machine its threads wait for each other many times longer

@@ -40,7 +40,6 @@ def config(tmp_path: Path) -> Path:
     write_folder(tmp_path / "data")
     values = tiny_config(
         tmp_path / "data",
-        backbone={"name": "timm:test_efficientnet"},  # 82,300 parameters
         decode_head={"dim": 8, "dropout": 0.1},
         prototypes={"num_per_class": 2, "revive_after": 0},
         train={"iterations": 3, "log_interval": 1},

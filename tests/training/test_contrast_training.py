@@ -33,6 +33,7 @@ def tiny(
         {
             "classifier": classifier,
             "data": {"name": "digits", "batch_size": 4, "workers": 0, **(data or {})},
+            "backbone": {"name": "timm:test_efficientnet"},  # 82,300 parameters
             "decode_head": {"dim": 16, "dropout": 0},
             "prototypes": {"num_per_class": 2},
             "contrast": contrast,
