@@ -115,6 +115,11 @@ class LossConfig(Section):
     tree_triplet: NonNegative = 0.0
     class_weights: list[NonNegative] | None = None
 
+    @property
+    def by_term(self) -> dict[str, float]:
+        """The weight of every term of the total."""
+        return {"ce": 1.0, **self.model_dump(exclude={"ppc_pixels", "class_weights"})}
+
 
 class OptimConfig(Section):
     """Optimiser and schedule: linear warm-up, then lr · (1 − t)^power."""
@@ -253,9 +258,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The `key: value` lines of a YAML file. Errors: UserError naming the file and line."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot read the config file ({error.strerror}); check the path") from None
+        raise UserError(f"{path}: cannot read this YAML file ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is no text file; give a YAML file") from None
     values = parse_yaml(text, str(path))

@@ -47,7 +47,7 @@ def test_mistake_is_named(tmp_path: Path, text: str, overrides: list[str], messa
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.yaml: cannot read the config file"):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot read this YAML file"):
         load_config(tmp_path / "none.yaml")
 
 

@@ -90,5 +90,5 @@ def test_an_unknown_config_is_named_with_the_nearest() -> None:
         load_config("digits_resnet18_k5")
     with pytest.raises(UserError, match=r"^zzz: .*`protoseg configs` lists those$"):
         load_config("zzz")
-    with pytest.raises(UserError, match=r"^mine\.yaml: cannot read the config file"):
+    with pytest.raises(UserError, match=r"^mine\.yaml: cannot read this YAML file"):
         load_config("mine.yaml")

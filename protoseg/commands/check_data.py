@@ -17,7 +17,7 @@ from protoseg.runtime.files import write_json
 def main(arguments: Sequence[str]) -> int:
     """Find what is wrong with a dataset before training on it."""
     parser = argparse.ArgumentParser(
-        prog="check_data", description="Check a config's dataset; exit code 1 if it has errors."
+        prog="protoseg check_data", description="Check a config's dataset; exit code 1 if it has errors."
     )
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")

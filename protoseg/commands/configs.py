@@ -9,7 +9,8 @@ from protoseg.runtime.shipped import shipped_configs
 def main(arguments: Sequence[str]) -> None:
     """List the shipped configs: name, and what its header says."""
     parser = argparse.ArgumentParser(
-        prog="configs", description="List the shipped configs: `protoseg train NAME` takes each of them."
+        prog="protoseg configs",
+        description="List the shipped configs: `protoseg train NAME` takes each of them.",
     )
     parser.parse_args(arguments)
     configs = shipped_configs()

@@ -33,7 +33,7 @@ BACKGROUND = "background"
 def main(arguments: Sequence[str]) -> None:
     """Convert annotations."""
     parser = argparse.ArgumentParser(
-        prog="convert_labels",
+        prog="protoseg convert_labels",
         description="Make OUT/images, OUT/labels and OUT/data.yaml from COCO JSON (instances, stuff,"
         " panoptic), labelme JSON, YOLO-seg text, or colour-coded masks.",
     )

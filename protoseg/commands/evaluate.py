@@ -80,13 +80,6 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
     return RunScores(title, scores, facts)
 
 
-def write_scores(path: Path, runs: list[RunScores]) -> None:
-    """JSON of one run, or of two under the keys A and B."""
-    plain = [run.to_plain() for run in runs]
-    content = plain[0] if len(plain) == 1 else dict(zip("AB", plain))
-    write_json(path, content)
-
-
 def write_figures(folder: Path, run: RunScores) -> None:
     """confusion.png and reliability.png."""
     scores = run.scores
@@ -102,7 +95,7 @@ def write_figures(folder: Path, run: RunScores) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Score a trained model on a split, or compare two."""
     parser = argparse.ArgumentParser(
-        prog="evaluate",
+        prog="protoseg evaluate",
         description="Score a trained model on a labelled split; given two, compare them class by class.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="one or two")
@@ -131,7 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     else:
         print_run(scores[0])
     if args.json:
-        write_scores(args.json, scores)
+        plain = [run.to_plain() for run in scores]
+        write_json(args.json, plain[0] if len(plain) == 1 else dict(zip("AB", plain)))
     if args.csv:
         write_class_csv(args.csv, scores)
     if args.out:

@@ -30,7 +30,7 @@ Runner = Callable[[NDArray[np.uint8]], list[NDArray]]
 def main(arguments: Sequence[str]) -> None:
     """Export a trained model."""
     parser = argparse.ArgumentParser(
-        prog="export",
+        prog="protoseg export",
         description="Write a model as ONNX, as a torch.export program, or as a folder of safetensors."
         " The first two take uint8 RGB images (batch, 3, height, width) of any size from 64 pixels on"
         " (a Swin: from 225, with windows of 12 from 385).",

@@ -84,7 +84,7 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
 def main(arguments: Sequence[str]) -> None:
     """Put prototypes on frozen features, without training."""
     parser = argparse.ArgumentParser(
-        prog="fit",
+        prog="protoseg fit",
         description="Put prototypes on a frozen backbone's features of labelled images, as configured.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="with decode_head.name: whiten")

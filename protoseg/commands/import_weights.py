@@ -16,7 +16,7 @@ from protoseg.weights.foreign_segmenter import load_segmenter_weights, require_c
 def main(arguments: Sequence[str]) -> None:
     """Make a checkpoint of ours from another program's."""
     parser = argparse.ArgumentParser(
-        prog="import_weights",
+        prog="protoseg import_weights",
         description="Make a checkpoint from a whole segmenter of Hugging Face, mmsegmentation, or the"
         " releases of SegFormer and ProtoSeg.",
     )

@@ -44,7 +44,7 @@ from protoseg.runtime.errors import UserError
 def main(arguments: Sequence[str]) -> int:
     """Label images, folders, videos or a webcam."""
     parser = argparse.ArgumentParser(
-        prog="predict", description="Write labels and overlays of images, videos or a webcam."
+        prog="protoseg predict", description="Write labels and overlays of images, videos or a webcam."
     )
     parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument(

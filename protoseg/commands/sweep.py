@@ -36,7 +36,7 @@ from protoseg.training.resume import OPERATIONAL
 def main(arguments: Sequence[str]) -> None:
     """Train many variants of a config and compare them."""
     parser = argparse.ArgumentParser(
-        prog="sweep", description="Train variants of a config, several seeds each, and compare them."
+        prog="protoseg sweep", description="Train variants of a config, several seeds each, and compare them."
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a run config, or a sweep file with rows")
     parser.add_argument("--vary", action="append", default=[], metavar="key=a,b,c", help="may be repeated")

@@ -12,7 +12,7 @@ OVERRIDES = "configuration values on top of the file's, for example train.iterat
 
 def main(arguments: Sequence[str]) -> None:
     """Train a model."""
-    parser = argparse.ArgumentParser(prog="train", description="Train as a config file says.")
+    parser = argparse.ArgumentParser(prog="protoseg train", description="Train as a config file says.")
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/<config name>)")
     parser.add_argument(

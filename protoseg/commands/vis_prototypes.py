@@ -59,7 +59,8 @@ from protoseg.training.log import read_metrics
 def main(arguments: Sequence[str]) -> None:
     """Figures of a run's prototypes, and a page to explore them."""
     parser = argparse.ArgumentParser(
-        prog="vis_prototypes", description="Figures of a run's prototypes, and a page to explore them."
+        prog="protoseg vis_prototypes",
+        description="Figures of a run's prototypes, and a page to explore them.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="one, or another to set beside it: a linear run"

@@ -17,9 +17,9 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
+from protoseg.config import read_yaml
 from protoseg.data.reading.decode import IMAGE_ENDINGS
 from protoseg.runtime.errors import UserError
-from protoseg.runtime.strict_yaml import parse_yaml
 
 UNLABELLED = -1
 MOST_COLOURS = 256
@@ -127,7 +127,7 @@ def read_yolo(folder: Path, images: Path, classes: Sequence[str] | Path) -> Anno
     classes: names in order, or a YAML file with `names`. An image without a text file has no objects.
     """
     if isinstance(classes, Path):
-        names = (_yaml(classes) or {}).get("names")
+        names = read_yaml(classes).get("names")
         if not names:
             raise UserError(f"{classes}: no `names` in this file; give --classes")
         classes = [str(name) for name in (names.values() if isinstance(names, dict) else names)]
@@ -162,8 +162,8 @@ def read_colours(folder: Path, images: Path, colours: Path | None = None) -> Ann
     masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, ".png")}
     if colours is not None:
         try:
-            table = {str(name): _colour(value) for name, value in (_yaml(colours) or {}).items()}
-        except (AttributeError, TypeError, ValueError):
+            table = {str(name): _colour(value) for name, value in read_yaml(colours).items()}
+        except (TypeError, ValueError):
             raise UserError(f"{colours}: expected lines `name: [red, green, blue]`; mend the file") from None
     else:
         table = {f"{r:02x}{g:02x}{b:02x}": (r, g, b) for r, g, b in colour_counts(masks.values())}
@@ -287,13 +287,6 @@ def _json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot read this JSON file ({error}); check the path") from None
-
-
-def _yaml(file: Path) -> Any:
-    try:
-        return parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot read this YAML file ({error}); check the path") from None
 
 
 def _files(folder: Path, *endings: str) -> list[Path]:

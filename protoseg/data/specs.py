@@ -51,24 +51,18 @@ def _map(ids: Sequence[int], ignored: Iterable[int]) -> dict[int, int | str]:
     return {**dict.fromkeys(ignored, IGNORE), **{raw: target for target, raw in enumerate(ids)}}
 
 
-def _cityscapes(split: str) -> Split:
-    return Split(f"leftImg8bit/{split}", f"gtFine/{split}", ("_leftImg8bit.png",), ("_gtFine_labelIds.png",))
+def _splits(names: str, form: Split) -> dict[str, Split]:
+    """Splits that lie alike: {} in a path is the split's name, or its folder where names say name=folder."""
+    splits = {}
+    for each in names.split():
+        name, _, folder = each.partition("=")
+        images, labels, listed = (
+            path.format(folder or name) for path in (form.images, form.labels, form.listed)
+        )
+        splits[name] = replace(form, images=images, labels=labels, listed=listed)
+    return splits
 
 
-def _cocostuff164k(split: str) -> Split:
-    # Trees that mmsegmentation has converted hold a second label file per image.
-    return Split(
-        f"images/{split}2017", f"annotations/{split}2017", (".jpg",), (".png",), ("_labelTrainIds.png",)
-    )
-
-
-def _voc(labels: str, label_ending: str, split: str, lists: str) -> Split:
-    return Split("JPEGImages", labels, (".jpg",), (label_ending,), listed=f"ImageSets/{lists}/{split}.txt")
-
-
-_CITYSCAPES_HOME = (
-    "https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip)"
-)
 _COCOSTUFF_HOME = "https://github.com/nightrome/cocostuff"
 _COCOSTUFF10K_HOME = "https://github.com/nightrome/cocostuff10k (cocostuff-10k-v1.1.zip)"
 _PCONTEXT_HOME = "https://cs.stanford.edu/~roozbeh/pascal-context and PASCAL VOC 2010"
@@ -80,70 +74,65 @@ DATASETS: dict[str, DatasetSpec] = {
     "folder": DatasetSpec((), (), {}, "see 'Your own images' in the README"),
     # SegNet tutorial form, 480 x 360: 0-10 are the classes, 255 (and 11 in the original files) is void.
     "camvid": DatasetSpec(
-        LISTS["camvid"].classes,
-        LISTS["camvid"].palette,
-        {split: folder_split(split) for split in ("train", "val", "test")},
+        *LISTS["camvid"][:2],
+        _splits("train val test", Split("images/{}", "labels/{}")),
         "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/ (11 classes as in the SegNet tutorial)",
         label_map=_map(range(11), [11]),
         tree=TREES["camvid"],
     ),
     # ADEChallengeData2016: 0 is "other objects", not evaluated; 1-150 in the order of objectInfo150.txt.
     "ade20k": DatasetSpec(
-        LISTS["ade20k"].classes,
-        LISTS["ade20k"].palette,
-        {
-            "train": Split("images/training", "annotations/training"),
-            "val": Split("images/validation", "annotations/validation"),
-        },
+        *LISTS["ade20k"][:2],
+        _splits("train=training val=validation", Split("images/{}", "annotations/{}")),
         "http://sceneparsing.csail.mit.edu (ADEChallengeData2016.zip)",
         label_map=_map(range(1, 151), [0]),
     ),
     "cityscapes": DatasetSpec(
-        LISTS["cityscapes"].classes,
-        LISTS["cityscapes"].palette,
-        {split: _cityscapes(split) for split in ("train", "val", "test")},
-        _CITYSCAPES_HOME,
+        *LISTS["cityscapes"][:2],
+        _splits(
+            "train val test",
+            Split("leftImg8bit/{}", "gtFine/{}", ("_leftImg8bit.png",), ("_gtFine_labelIds.png",)),
+        ),
+        "https://www.cityscapes-dataset.com (leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip)",
         label_map=_map(LISTS["cityscapes"].ids, range(34)),
         tree=TREES["cityscapes"],
     ),
     # stuffthingmaps: id - 1 is stored, 255 is unlabeled (README of the dataset, "Caffe-compatible ... maps").
+    # Trees that mmsegmentation has converted hold a second label file per image.
     "cocostuff164k": DatasetSpec(
-        LISTS["cocostuff"].classes,
-        (),
-        {split: _cocostuff164k(split) for split in ("train", "val")},
+        *LISTS["cocostuff"][:2],
+        _splits(
+            "train val",
+            Split("images/{}2017", "annotations/{}2017", (".jpg",), (".png",), ("_labelTrainIds.png",)),
+        ),
         f"{_COCOSTUFF_HOME} (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip)",
         label_map=_map([i - 1 for i in LISTS["cocostuff"].ids], []),
     ),
     # The released .mat files, version 1.1: field S, 0 is unlabeled.
     "cocostuff10k": DatasetSpec(
-        LISTS["cocostuff"].classes,
-        (),
-        {
-            split: Split("images", "annotations", (".jpg",), (".mat",), listed=f"imageLists/{split}.txt")
-            for split in ("train", "test")
-        },
+        *LISTS["cocostuff"][:2],
+        _splits(
+            "train test", Split("images", "annotations", (".jpg",), (".mat",), listed="imageLists/{}.txt")
+        ),
         _COCOSTUFF10K_HOME,
         label_map=_map(LISTS["cocostuff"].ids, [0]),
         read_ids=read_mat_ids,
     ),
     # The same as PNG, as mmsegmentation converts it: 0 is unlabeled, 1-171 are the classes.
     "cocostuff10k_png": DatasetSpec(
-        LISTS["cocostuff"].classes,
-        (),
-        {
-            split: Split(
-                f"images/{split}2014", f"annotations/{split}2014", (".jpg",), ("_labelTrainIds.png",)
-            )
-            for split in ("train", "test")
-        },
+        *LISTS["cocostuff"][:2],
+        _splits(
+            "train test", Split("images/{}2014", "annotations/{}2014", (".jpg",), ("_labelTrainIds.png",))
+        ),
         _COCOSTUFF10K_HOME,
         label_map=_map(range(1, 172), [0]),
     ),
     # VOCdevkit/VOC2010 with the released trainval/*.mat beside JPEGImages: field LabelMap, 459 classes.
     "pcontext": DatasetSpec(
-        LISTS["pcontext"].classes,
-        (),
-        {split: _voc("trainval", ".mat", split, "Main") for split in ("train", "val")},
+        *LISTS["pcontext"][:2],
+        _splits(
+            "train val", Split("JPEGImages", "trainval", (".jpg",), (".mat",), listed="ImageSets/Main/{}.txt")
+        ),
         _PCONTEXT_HOME,
         label_map=_map(LISTS["pcontext"].ids, range(460)),
         tree=TREES["pcontext"],
@@ -151,24 +140,34 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     # The same as PNG: 0 is everything else, 1-59 are the classes.
     "pcontext_png": DatasetSpec(
-        LISTS["pcontext"].classes,
-        (),
-        {
-            split: _voc("SegmentationClassContext", ".png", split, "SegmentationContext")
-            for split in ("train", "val")
-        },
+        *LISTS["pcontext"][:2],
+        _splits(
+            "train val",
+            Split(
+                "JPEGImages",
+                "SegmentationClassContext",
+                (".jpg",),
+                (".png",),
+                listed="ImageSets/SegmentationContext/{}.txt",
+            ),
+        ),
         _PCONTEXT_HOME,
         label_map=_map(range(1, 60), [0]),
         tree=TREES["pcontext"],
     ),
     # Palette PNGs, 0 is background, 255 the rim of the objects. Root: VOCdevkit/VOC2012.
     "voc": DatasetSpec(
-        LISTS["voc"].classes,
-        LISTS["voc"].palette,
-        {
-            split: _voc("SegmentationClass", ".png", split, "Segmentation")
-            for split in ("train", "val", "trainval")
-        },
+        *LISTS["voc"][:2],
+        _splits(
+            "train val trainval",
+            Split(
+                "JPEGImages",
+                "SegmentationClass",
+                (".jpg",),
+                (".png",),
+                listed="ImageSets/Segmentation/{}.txt",
+            ),
+        ),
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
         label_map=_map(range(21), []),
     ),
@@ -187,31 +186,24 @@ for _name in ("pcontext", "pcontext_png"):  # with everything else as a 60th cla
     )
 
 
+_FOLDERS = "train=training val=validation"
 for _count in (150, 300, 500, 700, 847):  # the most frequent classes; the others are ignored
     # The release: red and green of *_seg.png beside each image are the object id. Root: ADE20K_2021_17_01.
-    DATASETS[f"ade20k_full_{_count}"] = DatasetSpec(
+    DATASETS[f"ade20k_full_{_count}"] = _spec = DatasetSpec(
         LISTS["ade20k_full"].classes[:_count],
         (),
-        {
-            split: Split(f"images/ADE/{folder}", f"images/ADE/{folder}", (".jpg",), ("_seg.png",))
-            for split, folder in (("train", "training"), ("val", "validation"))
-        },
+        _splits(_FOLDERS, Split("images/ADE/{}", "images/ADE/{}", (".jpg",), ("_seg.png",))),
         _ADE20K_FULL_HOME,
         ignore_index=65535,
         label_map=_map(LISTS["ade20k_full"].ids[:_count], range(ADE20K_FULL_HIGHEST_ID + 1)),
         read_ids=read_ade20k_ids,
     )
     # As MaskFormer's script converts it (shorter side 512 at most): 16-bit TIFF, class ids, 65535 is void.
-    DATASETS[f"ade20k_full_{_count}_tif"] = DatasetSpec(
-        LISTS["ade20k_full"].classes[:_count],
-        (),
-        {
-            split: Split(
-                f"images_detectron2/{folder}", f"annotations_detectron2/{folder}", (".jpg",), (".tif",)
-            )
-            for split, folder in (("train", "training"), ("val", "validation"))
-        },
-        _ADE20K_FULL_HOME,
-        ignore_index=65535,
+    DATASETS[f"ade20k_full_{_count}_tif"] = replace(
+        _spec,
+        splits=_splits(
+            _FOLDERS, Split("images_detectron2/{}", "annotations_detectron2/{}", (".jpg",), (".tif",))
+        ),
         label_map=_map(range(_count), range(847)),
+        read_ids=read_label_ids,
     )

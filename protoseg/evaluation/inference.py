@@ -5,7 +5,7 @@ them `model.stride` image pixels wide.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -59,12 +59,7 @@ class InferenceSettings:
 
     def to_plain(self) -> dict[str, object]:
         """Plain data for JSON."""
-        return {
-            "window": self.window and list(self.window),
-            "step": self.step and list(self.step),
-            "scales": list(self.scales),
-            "flip": self.flip,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "batch"}
 
 
 WHOLE = InferenceSettings()

@@ -56,16 +56,10 @@ def embedding_figure(
     share of the class's pixels), one row per projection: pixels as dots, prototypes as diamonds, the larger
     the more pixels they have, both in the class's colour."""
     kinds = list(columns[0][1])
-    figure = Figure(
-        figsize=(3.5 * max(len(columns), len(kinds) if len(columns) == 1 else 1), 3.3),
-        layout="constrained",
-        dpi=DPI,
-    )
-    if len(columns) > 1:
-        figure.set_size_inches(7.0, 3.1 * len(kinds))
-        grid = figure.subplots(len(kinds), len(columns), squeeze=False).T
-    else:
-        grid = figure.subplots(1, len(kinds), squeeze=False)
+    several = len(columns) > 1
+    figure = Figure(figsize=(7.0, 3.1 * len(kinds) if several else 3.3), layout="constrained", dpi=DPI)
+    grid = figure.subplots(*((len(kinds), len(columns)) if several else (1, len(kinds))), squeeze=False)
+    grid = grid.T if several else grid
     table = np.array(palette) / 255
     for line, (name, projections, label_N, class_M, share_M) in zip(grid, columns):
         order_M = np.argsort(-share_M)  # the small ones above

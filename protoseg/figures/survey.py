@@ -197,26 +197,19 @@ class _PixelKeeper:
 
     def __init__(self, num_classes: int, per_class: int) -> None:
         self.num_classes, self.per_class = num_classes, per_class
-        self.heaps: list[list[tuple[float, int, NDArray]]] = [[] for _ in range(num_classes)]
-        self.count = 0
+        self.kept: list[list[tuple[float, NDArray]]] = [[] for _ in range(num_classes)]
 
     def add(self, emb_ND: Tensor, label_N: Tensor, index: int) -> None:
         keys_N = np.random.default_rng((0, index)).random(len(label_N))
         labels = label_N.cpu().numpy()
         for c in np.unique(labels[labels >= 0]).tolist():
             mine = np.flatnonzero(labels == c)
-            for n in mine[np.argsort(keys_N[mine])[: self.per_class]]:
-                self.count += 1  # breaks ties, so that arrays are never compared
-                entry = (-float(keys_N[n]), self.count, emb_ND[n].float().cpu().numpy())
-                if len(self.heaps[c]) < self.per_class:
-                    heapq.heappush(self.heaps[c], entry)
-                elif entry[0] > self.heaps[c][0][0]:
-                    heapq.heapreplace(self.heaps[c], entry)
-                else:
-                    break
+            first = mine[np.argsort(keys_N[mine])[: self.per_class]]
+            entries = zip(keys_N[first], emb_ND[first].float().cpu().numpy())
+            self.kept[c] = heapq.nsmallest(self.per_class, [*self.kept[c], *entries], lambda entry: entry[0])
 
     def result(self) -> Pixels:
-        kept = [(c, entry[2]) for c, heap in enumerate(self.heaps) for entry in sorted(heap)]
+        kept = [(c, emb) for c, entries in enumerate(self.kept) for _, emb in entries]
         if not kept:
             return Pixels(np.zeros((0, 1), np.float32), np.zeros(0, np.int64))
         return Pixels(np.stack([emb for _, emb in kept]), np.array([c for c, _ in kept]))
@@ -255,11 +248,8 @@ class _Deeds:
             if len(heap) == self.patches and cosine[n] <= heap[0].cosine:
                 continue
             picture, matched = crop_around(image, (winner == m).reshape(size), divmod(n, size[1]))
-            patch = Patch(float(cosine[n]), index, name, int(label[n]), picture, matched)
-            if len(heap) < self.patches:
-                heapq.heappush(heap, patch)
-            else:
-                heapq.heapreplace(heap, patch)
+            push = heapq.heappush if len(heap) < self.patches else heapq.heapreplace
+            push(heap, Patch(float(cosine[n]), index, name, int(label[n]), picture, matched))
 
     def result(self) -> Survey:
         won, right, own, cosine = (part.reshape(self.shape) for part in self.sums)

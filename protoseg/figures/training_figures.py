@@ -10,7 +10,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from protoseg.config import LossConfig
 from protoseg.figures.pictures import DPI, plain_axes
 
-LOSSES = ("loss", "ce", *LossConfig.model_fields)  # the sum and its terms, those that a line has
+LOSSES = ("loss", *LossConfig().by_term)  # the sum and its terms
 
 
 def curves_figure(lines: Sequence[dict[str, Any]]) -> Figure:

@@ -59,7 +59,7 @@ class Objective(nn.Module):
         self,
         model: Segmenter,
         contrast: PixelContrast | None,
-        weights: LossConfig,
+        loss: LossConfig,
         parts: int = 1,
         tree: TreeTables | None = None,
     ) -> None:
@@ -67,9 +67,9 @@ class Objective(nn.Module):
         self.model = model
         self.contrast = contrast
         self.parts = parts
-        self.weights = {"ce": 1.0, **weights.model_dump()}  # by term
+        self.weights = loss.by_term
         self.tree = tree
-        class_weights = torch.tensor(weights.class_weights) if weights.class_weights else None
+        class_weights = torch.tensor(loss.class_weights) if loss.class_weights else None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(

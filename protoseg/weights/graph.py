@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from protoseg.core.losses import nearest_cells
 from protoseg.models.segmenter import Segmenter
 from protoseg.models.swin import Swin
 from protoseg.runtime.errors import UserError
@@ -57,8 +58,7 @@ class SegmentationGraph(nn.Module):
             sims_CKN = torch.einsum("ckd,nd->ckn", protos_CKD, emb_ND)
             nearest_BChw = rearrange(sims_CKN.argmax(1), "c (b h w) -> b c h w", b=batch, h=height)
             rows, columns = (
-                (2 * torch.arange(side, device=images.device) + 1) * cell // (2 * side)
-                for side, cell in zip(size, (height, width))
+                nearest_cells(side, cell, images.device) for side, cell in zip(size, (height, width))
             )
             at_pixels = nearest_BChw[:, :, rows[:, None], columns]
             made["prototypes"] = at_pixels.gather(1, labels[:, None])[:, 0]

@@ -19,7 +19,7 @@ class Split:
     image_endings: tuple[str, ...] = IMAGE_ENDINGS
     label_endings: tuple[str, ...] = LABEL_ENDINGS
     other_endings: tuple[str, ...] = ()  # files of a label ending that are something else
-    listed: str | None = None  # text file with the stems of the split, one per line; None = all files
+    listed: str = ""  # text file with the stems of the split, one per line; none: all files
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def pair_files(root: Path, where: Split, homepage: str, excluded: frozenset[Path
     images, image_twins, other_images = _stems(images_at, where.image_endings, (), excluded)
     labels, label_twins, other_labels = _stems(labels_at, where.label_endings, where.other_endings, excluded)
     missing: list[str] = []
-    if where.listed is not None:
+    if where.listed:
         images, missing = _listed(root / where.listed, homepage, images)
         labels = {stem: labels[stem] for stem in images if stem in labels}
     # A file left out takes its partner with it.
