@@ -1,12 +1,15 @@
 """The wheel: what is in it, and that it works where there is no clone."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
 from collections.abc import Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,25 @@ def test_an_unknown_config_is_named_with_the_nearest() -> None:
         load_config("zzz")
     with pytest.raises(UserError, match=r"^mine\.yaml: cannot read this YAML file"):
         load_config("mine.yaml")
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    """pip would install nothing else. Extras are imported inside functions, which say what is missing."""
+    project = pytest.importorskip("tomllib").loads(Path("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared, optional = (
+        {re.split(r"[>\[]", each)[0].lower().replace("_", "-") for each in lines}
+        for lines in (
+            project["dependencies"],
+            [each for name in ("convert", "export", "video", "slurm") for each in extras[name]],
+        )
+    )
+    homes = packages_distributions()
+    for path in Path("protoseg").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"protoseg"}:
+                allowed = declared if node.col_offset == 0 else declared | optional
+                given = {each.lower().replace("_", "-") for each in homes.get(top, [top])}
+                assert given & allowed, f"{path} imports {top}: add it to pyproject.toml"
