@@ -252,7 +252,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     check_keys(Config, values, str(path))
     for override in overrides:
         values = merge(values, parse_override(override))
-    return config_from(values, str(path))
+    return config_from(values, " with ".join([str(path), *overrides]))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ HOUSE = {
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures", "page"],
     "training": ["objective feature_cache placement track", "optimizer log", "step", "resume", "loop"],
     "commands": [
-        "arguments video sweep_rows sweep_tables",
+        "arguments parser video sweep_rows sweep_tables",
         "prediction_files",
         "train fit evaluate predict vis_prototypes sweep check_data import_weights export convert_labels"
         " configs",

@@ -48,7 +48,8 @@ def test_wheel_holds_every_module_every_config_and_the_page(wheel: Path) -> None
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {path.as_posix() for path in Path("protoseg").rglob("*.py")}
     expected |= {f"protoseg/{path.as_posix()}" for path in Path("configs").rglob("*.yaml")}
-    expected |= {f"protoseg/{name}" for name in ("data/classes/lists.yaml", "figures/page.html", "py.typed")}
+    expected |= {path.as_posix() for path in Path("protoseg").rglob("*.yaml")}
+    expected |= {f"protoseg/{name}" for name in ("figures/page.html", "py.typed")}
     assert inside == expected, "a new package is added to tool.setuptools.packages in pyproject.toml"
 
 

@@ -1,9 +1,9 @@
 """`check_data`: find what is wrong with a dataset before training on it."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from protoseg.commands.parser import parser_of
 from protoseg.config import load_config
 from protoseg.data.ade20k_conversion import prepare_ade20k_full
 from protoseg.data.datasets import data_root
@@ -16,9 +16,7 @@ from protoseg.runtime.files import write_json
 
 def main(arguments: Sequence[str]) -> int:
     """Find what is wrong with a dataset before training on it."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg check_data", description="Check a config's dataset; exit code 1 if it has errors."
-    )
+    parser = parser_of("check_data", "Check a config's dataset; exit code 1 if it has errors.")
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report to FILE")
     parser.add_argument("--bad-files", type=Path, metavar="FILE", help="write the list for data.exclude")

@@ -1,6 +1,5 @@
 """The command line: `protoseg VERB …`; tools/VERB.py calls the same function."""
 
-import argparse
 import errno
 import importlib
 import io
@@ -14,6 +13,7 @@ from importlib.metadata import version
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from protoseg.commands.parser import Parser
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.signals import Interrupted
 
@@ -64,12 +64,16 @@ def execute(verb: str, arguments: Sequence[str] | None = None) -> int:
 
 def main() -> int:
     """The `protoseg` console command."""
-    parser = argparse.ArgumentParser(prog="protoseg", description="Prototype-based semantic segmentation.")
+    parser = Parser(prog="protoseg", description="Prototype-based semantic segmentation.")
     parser.add_argument("--version", action="version", version=f"protoseg {version('protoseg')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, what in VERBS.items():
         verbs.add_parser(name, help=what, add_help=False)
-    verb = parser.parse_args(sys.argv[1:2]).verb
+    try:
+        verb = parser.parse_args(sys.argv[1:2]).verb
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return execute(verb, sys.argv[2:])
 
 

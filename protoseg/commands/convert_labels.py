@@ -1,6 +1,5 @@
 """`convert_labels`: other programs' annotations become a folder to train on, with its config."""
 
-import argparse
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from protoseg.commands.parser import parser_of
 from protoseg.data.annotations import (
     OVERLAPS,
     UNLABELLED,
@@ -32,9 +32,9 @@ BACKGROUND = "background"
 
 def main(arguments: Sequence[str]) -> None:
     """Convert annotations."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg convert_labels",
-        description="Make OUT/images, OUT/labels and OUT/data.yaml from COCO JSON (instances, stuff,"
+    parser = parser_of(
+        "convert_labels",
+        "Make OUT/images, OUT/labels and OUT/data.yaml from COCO JSON (instances, stuff,"
         " panoptic), labelme JSON, YOLO-seg text, or colour-coded masks.",
     )
     parser.add_argument("format", choices=("coco", "labelme", "yolo", "colours"))
@@ -78,10 +78,12 @@ def main(arguments: Sequence[str]) -> None:
         print(f"left out: {count} {what}")
     for name, pixels in pixels_of.items():
         print(f"  {name}: {pixels} pixels")
-    print(
-        f"{args.out}: {len(found.images)} images of {args.split}; where objects overlap, the {args.overlap}"
-        f" one is on top; unlabelled pixels are {args.unlabelled}; config: {args.out / 'data.yaml'}"
+    rules = (
+        f" where objects overlap, the {args.overlap} one is on top; unlabelled pixels are {args.unlabelled};"
+        if found.colours is None
+        else ""
     )
+    print(f"{args.out}: {len(found.images)} images of {args.split};{rules} config: {args.out / 'data.yaml'}")
 
 
 def write_dataset(

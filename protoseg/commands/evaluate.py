@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_overrides
+from protoseg.commands.parser import parser_of
 from protoseg.config import merge_into_trained
 from protoseg.data.datasets import model_tree, open_dataset
 from protoseg.data.file_dataset import in_short, with_classes
@@ -94,9 +95,8 @@ def write_figures(folder: Path, run: RunScores) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Score a trained model on a split, or compare two."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg evaluate",
-        description="Score a trained model on a labelled split; given two, compare them class by class.",
+    parser = parser_of(
+        "evaluate", "Score a trained model on a labelled split; given two, compare them class by class."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="one or two")
     parser.add_argument("--split", metavar="NAME", help="default: the run's validation split")

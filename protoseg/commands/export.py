@@ -1,6 +1,5 @@
 """`export`: a trained model for other programs."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from protoseg.commands.parser import parser_of
 from protoseg.models.checkpoint import find_checkpoint, load_segmenter
 from protoseg.runtime.errors import UserError
 from protoseg.weights.graph import (
@@ -29,9 +29,9 @@ Runner = Callable[[NDArray[np.uint8]], list[NDArray]]
 
 def main(arguments: Sequence[str]) -> None:
     """Export a trained model."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg export",
-        description="Write a model as ONNX, as a torch.export program, or as a folder of safetensors."
+    parser = parser_of(
+        "export",
+        "Write a model as ONNX, as a torch.export program, or as a folder of safetensors."
         " The first two take uint8 RGB images (batch, 3, height, width) of any size from 64 pixels on"
         " (a Swin: from 225, with windows of 12 from 385).",
     )

@@ -1,6 +1,5 @@
 """`fit`: prototypes on a frozen backbone's features of labelled images, without a gradient."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from protoseg.commands.parser import parser_of
 from protoseg.config import Config, load_config, to_plain
 from protoseg.data.datasets import data_tree, open_dataset
 from protoseg.data.loader import EvalLoader
@@ -83,9 +83,8 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
 
 def main(arguments: Sequence[str]) -> None:
     """Put prototypes on frozen features, without training."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg fit",
-        description="Put prototypes on a frozen backbone's features of labelled images, as configured.",
+    parser = parser_of(
+        "fit", "Put prototypes on a frozen backbone's features of labelled images, as configured."
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="with decode_head.name: whiten")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """`import_weights`: make a checkpoint of ours from another program's."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from protoseg.commands.parser import parser_of
 from protoseg.config import load_config
 from protoseg.data.datasets import dataset_spec
 from protoseg.models.build import build_model
@@ -15,9 +15,9 @@ from protoseg.weights.foreign_segmenter import load_segmenter_weights, require_c
 
 def main(arguments: Sequence[str]) -> None:
     """Make a checkpoint of ours from another program's."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg import_weights",
-        description="Make a checkpoint from a whole segmenter of Hugging Face, mmsegmentation, or the"
+    parser = parser_of(
+        "import_weights",
+        "Make a checkpoint from a whole segmenter of Hugging Face, mmsegmentation, or the"
         " releases of SegFormer and ProtoSeg.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="describes the same architecture")

@@ -3,7 +3,6 @@
 Reading, the model and writing go on at the same time: images are decoded and results encoded in threads.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from protoseg.commands.arguments import add_protocol, protocol_of
+from protoseg.commands.parser import parser_of
 from protoseg.commands.prediction_files import (
     READERS,
     WRITERS,
@@ -39,13 +39,12 @@ from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
 from protoseg.runtime.console import progress
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import make_folder
 
 
 def main(arguments: Sequence[str]) -> int:
     """Label images, folders, videos or a webcam."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg predict", description="Write labels and overlays of images, videos or a webcam."
-    )
+    parser = parser_of("predict", "Write labels and overlays of images, videos or a webcam.")
     parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="image, folder, pattern, video, webcam number"
@@ -94,6 +93,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"--level: the tree of {args.run} has levels 1-{tree.height}, got {args.level}")
         nodes, palette = tree.level_of_classes(args.level), tree.colours(palette)
         print("in labels/: " + ", ".join(f"{v} {tree.names[v]}" for v in nodes.unique().tolist()), flush=True)
+    make_folder(args.out)
     outputs = Outputs(
         args.out,
         palette,

@@ -1,6 +1,5 @@
 """`sweep`: train many variants of a config, several seeds each, and compare them."""
 
-import argparse
 import fcntl
 import os
 import signal
@@ -20,6 +19,7 @@ import yaml
 from rich.live import Live
 from rich.table import Table
 
+from protoseg.commands.parser import parser_of
 from protoseg.commands.sweep_rows import Row, Sweep, load_sweep, slug
 from protoseg.commands.sweep_tables import Record, read_record, sweep_figure, to_csv, to_markdown
 from protoseg.config import load_config, to_plain
@@ -35,9 +35,7 @@ from protoseg.training.resume import OPERATIONAL
 
 def main(arguments: Sequence[str]) -> None:
     """Train many variants of a config and compare them."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg sweep", description="Train variants of a config, several seeds each, and compare them."
-    )
+    parser = parser_of("sweep", "Train variants of a config, several seeds each, and compare them.")
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a run config, or a sweep file with rows")
     parser.add_argument("--vary", action="append", default=[], metavar="key=a,b,c", help="may be repeated")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs per row (default: the file's, or 1)")

@@ -1,9 +1,9 @@
 """`train`: train as a config file says."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from protoseg.commands.parser import parser_of
 from protoseg.config import load_config
 from protoseg.training.loop import train
 
@@ -12,7 +12,7 @@ OVERRIDES = "configuration values on top of the file's, for example train.iterat
 
 def main(arguments: Sequence[str]) -> None:
     """Train a model."""
-    parser = argparse.ArgumentParser(prog="protoseg train", description="Train as a config file says.")
+    parser = parser_of("train", "Train as a config file says.")
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/<config name>)")
     parser.add_argument(

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from protoseg.commands.arguments import runs_and_overrides
+from protoseg.commands.parser import parser_of
 from protoseg.config import Config, merge_into_trained
 from protoseg.data.datasets import model_tree, open_dataset
 from protoseg.data.file_dataset import Dataset, with_classes
@@ -58,10 +59,7 @@ from protoseg.training.log import read_metrics
 
 def main(arguments: Sequence[str]) -> None:
     """Figures of a run's prototypes, and a page to explore them."""
-    parser = argparse.ArgumentParser(
-        prog="protoseg vis_prototypes",
-        description="Figures of a run's prototypes, and a page to explore them.",
-    )
+    parser = parser_of("vis_prototypes", "Figures of a run's prototypes, and a page to explore them.")
     parser.add_argument(
         "runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="one, or another to set beside it: a linear run"
     )

@@ -161,8 +161,9 @@ def read_colours(folder: Path, images: Path, colours: Path | None = None) -> Ann
     """
     masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, ".png")}
     if colours is not None:
+        named = read_yaml(colours)
         try:
-            table = {str(name): _colour(value) for name, value in read_yaml(colours).items()}
+            table = {str(name): _colour(value) for name, value in named.items()}
         except (TypeError, ValueError):
             raise UserError(f"{colours}: expected lines `name: [red, green, blue]`; mend the file") from None
     else:

@@ -105,7 +105,7 @@ def find_split(data: DataConfig, split: str) -> Split:
     if found and split not in found:
         raise UserError(
             f"data.train_split or val_split: folder {images / split} does not exist;"
-            f" {images} has {', '.join(found)}"
+            f" {images} has {', '.join(found)}; name one of these, or add it"
         )
     return folder_split(split)
 

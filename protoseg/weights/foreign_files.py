@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,8 +40,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds more than tensors and is not opened: save its state_dict alone where it comes from"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, struct.error, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): is it complete?") from error
+    except Exception as error:  # damaged bytes can end in any error of the unpickler
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot be read ({reason}): is it a file of weights, and complete?"
+        ) from error
     for key in ("state_dict", "model", "teacher"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

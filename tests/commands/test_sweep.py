@@ -268,7 +268,7 @@ def test_presets_load(path: Path) -> None:
             [],
             "seeds: Input should be greater than",
         ),
-        ("config: gone.yaml\nrows: {a: {}}", [], "cannot read the config"),
+        ("config: gone.yaml\nrows: {a: {}}", [], "cannot read this YAML file"),
         ("config: tiny.yaml", ["loss.ppc"], "expected key=a,b,c"),
         ("config: [", [], "mend the YAML"),
         ("config: tiny.yaml\nrows: {K=1: {}, k 1: {}}", [], "'K=1' and 'k 1' would share the folder k-1"),

@@ -83,7 +83,7 @@ def test_a_result_shows_itself(seg: Predictor) -> None:
     assert repr(out) == "Segmentation(4×1: road 75.0%, car 25.0%)"
     assert np.asarray(out.overlay())[0, 2].tolist() == [50, 50, 121]  # half (100, 100, 100), half (0, 0, 142)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(out._repr_png_()))), np.asarray(out.overlay()))
-    assert repr(seg) == "Predictor(resnet18, 3 prototypes per class, 3 classes)"
+    assert repr(seg) == "Predictor(timm:test_efficientnet, 3 prototypes per class, 3 classes)"
 
 
 def test_explain_names_the_prototype_and_its_patches(run: Path, seg: Predictor) -> None:

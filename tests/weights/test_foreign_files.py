@@ -54,3 +54,10 @@ def test_what_the_safe_loader_cannot_pass_over_is_refused(tmp_path: Path) -> Non
     torch.save({"state_dict": {"a": torch.zeros(1)}, "q": deque([1])}, tmp_path / "deque.pth")
     with pytest.raises(UserError, match=r"deque\.pth holds more than tensors and is not opened"):
         read_state(tmp_path / "deque.pth")
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"", b"PK\x03\x04"])
+def test_no_weights_at_all(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"w\.pth (cannot be read|holds more than tensors)[^\n]*$"):
+        read_state(tmp_path / "w.pth")
