@@ -1,5 +1,14 @@
-"""The figures of the pages, made by the code itself: python docs/make_figures.py (some seconds)."""
+"""The figures of the pages, made by the code itself: python docs/make_figures.py
 
+All but those of `your_images` take some seconds; these come from a training of some minutes.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -8,13 +17,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import yaml
+from PIL import Image, ImageDraw
+from rich.console import Console
+from scipy import ndimage
+from scipy.spatial import ConvexHull
 from torch import Tensor
 
-from protoseg.config import DataConfig
+from protoseg.commands.cli import execute
+from protoseg.config import DataConfig, load_config
 from protoseg.core.clustering import assign, cluster_means, momentum_update, sinkhorn
 from protoseg.core.similarity import unit
 from protoseg.data.classes.palette import overlay
 from protoseg.data.digits import Digits
+from protoseg.data.doctor.check import check_dataset
+from protoseg.data.doctor.report import print_report
 from protoseg.data.transforms import TrainTransform
 
 OUT = Path(__file__).parent / "figures"
@@ -24,6 +41,7 @@ COLOURS = np.array(["#1b9e77", "#d95f02", "#7570b3"])
 def main() -> None:
     modes_of_a_class()
     images_and_labels()
+    your_images()
 
 
 def modes_of_a_class() -> None:
@@ -82,6 +100,76 @@ def images_and_labels() -> None:
     settings = DataConfig(name="digits", crop=(120, 160))
     draw = TrainTransform(settings, data.ignore_index)
     show([draw(image, label)[0].permute(1, 2, 0).numpy() for _ in range(4)], "augmented")
+
+
+def your_images() -> None:
+    """The commands of the page in a folder of 300 scenes, whose ids begin with 1."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for split, count in (("train", 300), ("val", 40)):
+            for kind in ("images", "labels"):
+                Path("data/mine", kind, split).mkdir(parents=True)
+            scenes = Digits(split, size=(96, 144))
+            for i in range(count):
+                image, label = scenes.read(i)
+                ids = np.where(label == 255, 0, label.numpy() + 1).astype(np.uint8)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"data/mine/images/{split}/{i:03d}.png")
+                Image.fromarray(ids).save(f"data/mine/labels/{split}/{i:03d}.png")
+        values = load_config("digits_resnet18_k4").model_dump(mode="json")
+        values["data"] |= {"name": "folder", "root": "data/mine", "classes": list(scenes.classes)}
+        values["data"] |= {"palette": [list(colour) for colour in scenes.palette], "batch_size": 8}
+        values["data"]["crop"] = [96, 96]
+        values["train"] |= {"iterations": 400}
+        values["eval"]["interval"] = 100
+        console = Console(record=True, width=100, emoji=False, highlight=False)
+        for label_map in (None, {0: "ignore", **{i + 1: i for i in range(11)}}):
+            values["data"]["label_map"] = label_map
+            Path("mine.yaml").write_text(yaml.safe_dump(values))
+            text = io.StringIO()
+            print_report(check_dataset(load_config("mine.yaml").data), Console(file=text, width=100))
+            for line in text.getvalue().splitlines():  # once more, to wrap the long ones
+                console.print(line, style="red" if line.startswith("error") else "", markup=False)
+            if label_map is None:
+                svg = console.export_svg(title="protoseg check_data mine.yaml")
+                # The page fetches no fonts.
+                (OUT / "check_data.svg").write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
+        execute("train", ["mine.yaml"])
+        execute("evaluate", ["runs/mine", "--out", "scores"])
+        execute("predict", ["runs/mine", "data/mine/images/val/000.png", "--out", "out", "--confidence"])
+        shutil.copy("runs/mine/curves.png", OUT / "curves.png")
+        shutil.copy(max(Path("runs/mine/samples").glob("*.png")), OUT / "sample.png")
+        shutil.copy("scores/confusion.png", OUT / "confusion.png")
+        folders = ("data/mine/images/val/000.png", "out/labels/000.png", "out/overlays/000.jpg")
+        show([np.asarray(Image.open(each).convert("RGB")) for each in folders], "predicted")
+        converted_labels()
+        os.chdir(before)
+
+
+def converted_labels() -> None:
+    """labelme's polygons, drawn here around three digits, and the label that they become."""
+    scenes = Digits("train", size=(96, 144))
+    image = scenes.read(4)[0].permute(1, 2, 0).numpy()
+    Path("drawn").mkdir()
+    Image.fromarray(image).save("drawn/0.png")
+    label = scenes.read(4)[1].numpy()
+    shapes = []
+    for c in np.unique(label[label < 10]).tolist()[:3]:
+        part = ndimage.label(label == c)[0] == 1
+        y, x = np.nonzero(part)
+        corners = ConvexHull(np.stack([x, y], 1))
+        points = np.stack([x, y], 1)[corners.vertices].tolist()
+        shapes.append({"label": f"digit {c}", "points": points, "shape_type": "polygon"})
+    about = {"imagePath": "0.png", "imageHeight": 96, "imageWidth": 144, "shapes": shapes}
+    Path("drawn/0.json").write_text(json.dumps(about))
+    execute("convert_labels", ["labelme", "drawn", "--out", "data/drawn"])
+    outlined = Image.fromarray(image)
+    for shape in shapes:
+        corners = [tuple(point) for point in shape["points"]]
+        ImageDraw.Draw(outlined).polygon(corners, outline="white")
+    classes = np.asarray(Image.open("data/drawn/labels/train/0.png"))
+    palette = yaml.safe_load(Path("data/drawn/data.yaml").read_text())["data"]["palette"]
+    show([image, np.asarray(outlined), np.array(palette, np.uint8)[classes]], "converted")
 
 
 def show(pictures: list[np.ndarray], name: str) -> None:

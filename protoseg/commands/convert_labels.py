@@ -100,7 +100,7 @@ def write_dataset(
     if len(set(classes)) < len(classes):
         raise UserError(f"there is a class {BACKGROUND} already; give --unlabelled ignore or rename it")
     ignored = 255 if len(classes) <= 255 else 65535
-    colours = found.colours or default_palette(len(classes))
+    colours = found.colours or [*[(0, 0, 0)] * background, *default_palette(len(found.classes))]
     config = {
         "data": {
             "name": "folder",

@@ -239,14 +239,14 @@ class Predictor(ModelHubMixin):
             image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         if isinstance(image, np.ndarray):
             array = np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
-            if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+            if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size:
                 raise UserError(
                     f"predict: an array must be (H, W, 3) or (H, W) uint8, got {image.shape} {image.dtype};"
                     " values between 0 and 1 are to be multiplied by 255 first"
                 )
             return rearrange(torch.from_numpy(np.ascontiguousarray(array)), "h w c -> c h w")
         if isinstance(image, Tensor):
-            if image.ndim != 3 or len(image) != 3 or image.dtype != torch.uint8:
+            if image.ndim != 3 or len(image) != 3 or image.dtype != torch.uint8 or not image.numel():
                 raise UserError(
                     f"predict: a tensor must be (3, H, W) uint8, got {tuple(image.shape)} {image.dtype};"
                     " values between 0 and 1 are to be multiplied by 255 first; several images are a list"

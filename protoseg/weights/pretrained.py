@@ -72,13 +72,14 @@ def model_card(content: dict[str, Any], results: dict[str, Any] | None, pictures
     if results is None:
         lines.append("Not measured: no `results.json` came with the model.\n")
     else:
+        scores = {"mIoU": results["mIoU"], **results["IoU"]}
+        edited = "" if list(results["IoU"]) == list(classes) else " Classes have been edited since."
         lines += [
-            f"`{d['name']}` ({d['val_split']}), as the run measured: mIoU {100 * results['mIoU']:.1f} %.\n",
+            f"`{d['name']}` ({d['val_split']}), as the run measured.{edited}\n",
             "| class | IoU % |\n|---|---|",
+            *(f"| {name} | {'–' if x is None else f'{100 * x:.1f}'} |" for name, x in scores.items()),
+            "",
         ]
-        for name, value in results["IoU"].items():
-            lines.append(f"| {name} | {'–' if value is None else f'{100 * value:.1f}'} |")
-        lines.append("")
     lines += [f"![{name}](samples/{name})\n" for name in pictures]
     lines += [
         "## Weights that training started from\n",

@@ -356,7 +356,7 @@ def test_missing_video_library_is_named(
         (["{root}/data/labels/empty"], "no image or video there"),
         (["{root}/last.pt"], "known are .jpg"),
         (["{root}/data", "--scales", "-1"], "scales"),
-        (["{root}/data", "--out", "{root}/last.pt/out"], "cannot write"),
+        (["{root}/data", "--out", "{root}/last.pt/out"], "no folder can be made there"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -147,7 +147,7 @@ def test_save_and_load_again(run: Path, seg: Predictor, tmp_path: Path) -> None:
         assert np.array_equal(again.predict(image).labels, seg.predict(image).labels)
     card = (tmp_path / "shared/README.md").read_text()
     for part in (
-        "mIoU 45.7 %",
+        "| mIoU | 45.7 |",
         "| car | 25.0 |",
         "| tree | – |",
         "3 prototypes per class",
@@ -165,7 +165,12 @@ def test_an_edited_model_is_saved_with_its_classes(run: Path, tmp_path: Path) ->
     seg = protoseg.load(run, device="cpu")
     seg.model.prototypes.remove_class(1)
     del seg.classes[1], seg.palette[1]
+    nothing_known = {"mIoU": None, "IoU": dict.fromkeys(CLASSES)}  # labels that are ignored everywhere
+    (run / "results.json").write_text(json.dumps(nothing_known))
     seg.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "as the run measured. Classes have been edited since." in card
+    assert "| mIoU | – |" in card
     again = protoseg.load(tmp_path, device="cpu")
     assert again.classes == ["road", "tree"]
     image = run / "data/images/val/0.png"
@@ -175,6 +180,7 @@ def test_an_edited_model_is_saved_with_its_classes(run: Path, tmp_path: Path) ->
 def test_what_is_wrong_with_an_image_is_said(seg: Predictor) -> None:
     for image, message in (
         (np.zeros((4, 4, 3)), r"array must be \(H, W, 3\).*got \(4, 4, 3\) float64; values between 0 and 1"),
+        (np.zeros((0, 4, 3), np.uint8), r"got \(0, 4, 3\) uint8"),
         (np.zeros((4, 4, 4), np.uint8), r"got \(4, 4, 4\) uint8"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), r"tensor must be .*several images are a list"),
         (5, "expected a path, a PIL image, an array or a tensor, got int"),
