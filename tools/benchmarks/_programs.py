@@ -73,7 +73,7 @@ def make_batch(case: Case) -> Batch:
     return Batch(*(part.pin_memory() if case.device == "cuda" else part for part in parts))
 
 
-def ours(classifier: str) -> Callable[[Case], Program]:
+def ours(classifier: str, score_dtype: str = "float32") -> Callable[[Case], Program]:
     """This package's trainer, with one of its two classifiers."""
 
     def build(case: Case) -> Program:
@@ -84,7 +84,7 @@ def ours(classifier: str) -> Callable[[Case], Program]:
                 "classifier": classifier,
                 "backbone": {"name": case.backbone, "drop_path": DROP_PATH},
                 "decode_head": {"dim": case.dim},
-                "prototypes": {"num_per_class": case.prototypes},
+                "prototypes": {"num_per_class": case.prototypes, "score_dtype": score_dtype},
                 "optim": {"lr": LR},
                 "train": {"precision": case.precision},
             },
@@ -210,6 +210,7 @@ PROGRAMS = {
     **PEERS,
     "linear": lambda: ours("linear"),
     "prototypes": lambda: ours("prototypes"),
+    "bf16_scores": lambda: ours("prototypes", "bfloat16"),
 }
 
 

@@ -5,8 +5,9 @@
 
 One step: forward, cross-entropy at label size (ours with prototypes: PPC and PPD too), backward, AdamW, and
 the update of the prototypes; ours is the trainer's own step. hf is Hugging Face's transformers, smp
-segmentation_models_pytorch (extra `peers`), mmseg mmsegmentation. Peak memory: of a process of its own,
-beyond what it had after the imports. Floors are what a part cannot be faster than on this machine: its
+segmentation_models_pytorch (extra `peers`), mmseg mmsegmentation; bf16_scores is ours with the products with
+prototypes in bfloat16 (`prototypes.score_dtype`). Peak memory: of a process of its own, beyond what it had
+after the imports. Floors are what a part cannot be faster than on this machine: its
 multiplications at the measured rate of a product of that shape, its exponentials and its bytes at theirs.
 """
 
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--models", nargs="+", default=["segformer_b0", "segformer_b2"], choices=MODELS)
     others = [*PEERS, "linear"]
-    parser.add_argument("--against", nargs="*", default=others, choices=others)
+    parser.add_argument("--against", nargs="*", default=others, choices=[*others, "bf16_scores"])
     for name, default in (("classes", 150), ("size", 256), ("batch", 2), ("prototypes", 10), ("repeats", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
