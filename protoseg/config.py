@@ -113,6 +113,7 @@ class LossConfig(Section):
     contrast: NonNegative = 1.0  # λ of the pixel contrast, where contrast.mode switches it on
     tree: NonNegative = 0.0  # the last two: with data.tree
     tree_triplet: NonNegative = 0.0
+    tree_pixels: Annotated[float, Field(gt=0, le=1)] = 0.125  # share of the pixels that both are computed of
     class_weights: list[NonNegative] | None = None
 
     @property

@@ -1,6 +1,6 @@
 """What is minimised: cross-entropy, PPC, PPD, auxiliary cross-entropy, pixel contrast and tree terms.
 
-B images, (H, W) label resolution, (h, w) embedding resolution, P pixels drawn for PPC,
+B images, (H, W) label resolution, (h, w) embedding resolution, P pixels drawn for PPC or the tree terms,
 T triplets.
 """
 
@@ -24,8 +24,9 @@ class Labels(NamedTuple):
 
     full: Tensor  # (B, H, W)
     small: Tensor  # (B, h, w)
-    nodes: Tensor | None = None  # (B, h, w) with a label tree: nodes, inner ones too; −1 takes no part
-    triplets: Tensor | None = None  # (3, T) of the B·h·w pixels
+    nodes: Tensor | None = None  # (B, P) with a label tree: nodes, inner ones too; −1 takes no part
+    drawn: Tensor | None = None  # (B, P) which of the h·w pixels `nodes` are of; None: all
+    triplets: Tensor | None = None  # (3, T) of those B·P pixels
 
 
 class LossScales(NamedTuple):
@@ -122,7 +123,7 @@ class Objective(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             label_N = labels.nodes.flatten()
             if self.weights["tree"]:
-                logits_CN = logits.transpose(0, 1).flatten(1)
+                logits_CN = pixel_rows(logits, labels.drawn).t().contiguous()
                 logits_CN = logits_CN.to(torch.promote_types(logits.dtype, torch.float32))
                 log_odds_VN = node_log_odds(logits_CN, self.tree)
                 assert scales.nodes is not None
@@ -131,9 +132,8 @@ class Objective(nn.Module):
                     log_odds_VN, label_N, self.tree, scale, consistent=True
                 )
             if labels.triplets is not None:
-                pixels = embedding.shape[2] * embedding.shape[3]
-                image_3T, place_3T = labels.triplets // pixels, labels.triplets % pixels
-                emb_3TD = embedding.flatten(2)[image_3T, :, place_3T]
+                row_ND = pixel_rows(embedding, labels.drawn)
+                emb_3TD = row_ND.index_select(0, labels.triplets.flatten()).view(3, -1, row_ND.shape[1])
                 terms["tree_triplet"] = (
                     tree_triplet_loss(emb_3TD, label_N[labels.triplets], self.tree) / self.parts
                 )
@@ -160,3 +160,11 @@ class Objective(nn.Module):
             loss_scale(small, ignored, all_reduce=all_reduce),
             loss_scale(nodes, -1, all_reduce=all_reduce) if nodes else None,
         )
+
+
+def pixel_rows(map_BDhw: Tensor, drawn_BP: Tensor | None) -> Tensor:
+    """(N, D) channels of the drawn pixels of each image, or of all."""
+    map_BDP = map_BDhw.flatten(2)
+    if drawn_BP is not None:
+        map_BDP = map_BDP.gather(2, drawn_BP[:, None].expand(-1, map_BDP.shape[1], -1))
+    return map_BDP.transpose(1, 2).flatten(0, 1)

@@ -152,7 +152,7 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     for part, its_labels in zip(micro, labels):
         with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):
             with autocast(run.config, run.device):
-                drawn = draw_ppc_pixels(run, part)
+                drawn = draw_share(run, part, run.config.loss.ppc_pixels) if run.model.prototypes else None
                 outputs.append(run.parallel(part.image, its_labels, scales, part.indices, step, drawn))
             outputs[-1].total.backward()
     values = finite_values(run, outputs, stop)  # the one host read of the step
@@ -181,10 +181,9 @@ class MicroBatch(NamedTuple):
     indices: Tensor  # (B,) in the dataset, int64
 
 
-def draw_ppc_pixels(run: Run, part: MicroBatch) -> Tensor | None:
-    """Which pixels PPC is computed of (B, P); None for all, or without prototypes."""
-    share = run.config.loss.ppc_pixels
-    if run.model.prototypes is None or share == 1:
+def draw_share(run: Run, part: MicroBatch, share: float) -> Tensor | None:
+    """Which pixels PPC, or the tree's terms, are computed of (B, P); None for all."""
+    if share == 1:
         return None
     pixels = part.labels.small[0].numel()
     return draw_pixels(part.indices, pixels, max(round(share * pixels), 1), run.config.train.seed, run.step)
@@ -198,15 +197,17 @@ def known_labels(run: Run, part: MicroBatch) -> Labels:
     tree, weights = run.objective.tree, run.config.loss
     if tree is None or labels.nodes is None or not (weights.tree or weights.tree_triplet):
         return labels._replace(nodes=None)
-    known = labels.nodes < tree.num_nodes
+    drawn = draw_share(run, part, weights.tree_pixels)
+    nodes = labels.nodes.flatten(1) if drawn is None else labels.nodes.flatten(1).gather(1, drawn)
+    known = nodes < tree.num_nodes
     if head is not None:
-        known &= tree.live_nodes(head.initialized)[labels.nodes.clamp(max=tree.num_nodes - 1)]
-    nodes = torch.where(known, labels.nodes, -1)
+        known &= tree.live_nodes(head.initialized)[nodes.clamp(max=tree.num_nodes - 1)]
+    nodes = torch.where(known, nodes, -1)
     triplets = None
     if weights.tree_triplet:
         seed = run.config.train.seed
         triplets = draw_triplets(nodes.flatten(), tree.num_classes, TRIPLETS, seed, run.step, part.indices)
-    return labels._replace(nodes=nodes, triplets=triplets)
+    return labels._replace(nodes=nodes, drawn=drawn, triplets=triplets)
 
 
 def to_device(batch: Batch, run: Run) -> MicroBatch:

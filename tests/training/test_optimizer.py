@@ -8,7 +8,7 @@ import torch
 from protoseg.config import config_from
 from protoseg.data.loader import Batch
 from protoseg.training.optimizer import parameter_groups
-from protoseg.training.step import Run, build_run, draw_ppc_pixels, to_device, train_step
+from protoseg.training.step import Run, build_run, draw_share, to_device, train_step
 
 
 def small_run(**sections: dict[str, Any]) -> Run:
@@ -58,5 +58,5 @@ def test_no_step_is_longer_than_the_clipped_gradient(most: float | None, batch: 
 def test_ppc_gets_its_share_of_the_pixels(batch: Batch) -> None:
     for share, drawn in ((0.25, 16 * 16 // 4), (1e-6, 1), (1.0, None)):
         run = small_run(loss={"ppc_pixels": share})
-        pixels = draw_ppc_pixels(run, to_device(batch, run))
+        pixels = draw_share(run, to_device(batch, run), share)
         assert (None if pixels is None else pixels.shape[1]) == drawn
