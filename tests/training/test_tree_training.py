@@ -62,17 +62,24 @@ def test_terms_are_weighted_into_the_sum(classifier: str) -> None:
     assert terms["tree_triplet"] > 0
 
 
-def test_the_tree_term_is_the_mean_over_labelled_pixels() -> None:
-    run = run_of(classifier="linear")
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_tree_term_is_the_mean_over_labelled_pixels(share: float) -> None:
+    """Of all pixels, or of those drawn in this step."""
+    run = run_of(classifier="linear", loss={"tree": 0.5, "tree_pixels": share})
     batch = batch_of([0, 1, VEHICLE, 255])
     part = to_device(batch, run)
     labels = known_labels(run, part)
     scales = run.objective.loss_scales([labels])
     out = run.objective(part.image, labels, scales, part.indices, torch.tensor(0))
     logits = run.model.train()(part.image)
-    label_N = downsample_labels(batch.label.long(), logits.shape[-2:]).flatten()
+    label_BP = downsample_labels(batch.label.long(), logits.shape[-2:]).flatten(1)
+    drawn_BP = torch.arange(label_BP.shape[1]).repeat(2, 1) if labels.drawn is None else labels.drawn
+    assert drawn_BP.shape == (2, share * label_BP.shape[1])
+    image_B1 = torch.arange(2)[:, None]
+    label_N = label_BP[image_B1, drawn_BP].flatten()
+    logits_NC = logits.flatten(2)[image_B1, :, drawn_BP].flatten(0, 1)
     known_N = label_N != 255
-    odds = node_log_odds(logits.transpose(0, 1).flatten(1)[:, known_N], run.objective.tree)
+    odds = node_log_odds(logits_NC[known_N].t(), run.objective.tree)
     expected = tree_min_cross_entropy(odds, label_N[known_N], run.objective.tree, 1 / int(known_N.sum()))
     torch.testing.assert_close(out.terms["tree"], expected.detach())
 
@@ -99,12 +106,12 @@ def test_inner_labels_train_and_still_move_no_prototype() -> None:
 
 
 def test_classes_without_prototypes_take_no_part() -> None:
-    run = run_of()
+    run = run_of(loss={"tree": 0.5, "tree_pixels": 1})
     train_step(run, batch_of([0, 3]))
     part = to_device(batch_of([0, 1, 2, 3, VEHICLE, 4]), run)
     nodes = known_labels(run, part).nodes
     assert isinstance(nodes, Tensor)
-    assert nodes[0, 0].unique_consecutive().tolist() == [0, -1, 3, -1, 4], "no vehicle has prototypes"
+    assert nodes[0, :24].unique_consecutive().tolist() == [0, -1, 3, -1, 4], "no vehicle has prototypes"
 
 
 def test_a_resumed_draw_is_the_same() -> None:
