@@ -24,8 +24,9 @@ def test_drop_in_example_runs() -> None:
 
 
 def test_configs_are_valid() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    assert blocks
+    texts = [Path(name).read_text() for name in ("README.md", "docs/trees.md")]
+    blocks = [block for text in texts for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert len(blocks) >= len(texts)
     for block in blocks:
         config = config_from(yaml.safe_load(block), "README.md")
         dataset_spec(config.data)
