@@ -228,7 +228,7 @@ def slurm_executor(folder: Path, options: Sequence[str]) -> Any:
     try:
         import submitit
     except ImportError:
-        raise UserError('--launcher slurm needs submitit: pip install -e ".[slurm]"') from None
+        raise UserError("--launcher slurm needs submitit: pip install 'protoseg[slurm]'") from None
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
         parameters = dict(option.split("=", 1) for option in options)

@@ -30,7 +30,7 @@ from protoseg.models.segmenter import Segmenter
 from protoseg.runtime.console import clock
 from protoseg.runtime.files import safe_name, write_text
 from protoseg.runtime.memory import peak_memory_gb
-from protoseg.training.track import TRACKERS, TensorBoard, Tracker
+from protoseg.training.track import TensorBoard, Tracker, start_tracker
 
 
 class Meter:
@@ -95,7 +95,7 @@ class RunLog:
         # A killed run may have logged steps that its checkpoint does not hold: they will be made again.
         kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        self.trackers: dict[str, Tracker] = {name: TRACKERS[name](folder, first_step) for name in track}
+        self.trackers: dict[str, Tracker] = {name: start_tracker(name, folder, first_step) for name in track}
         self.board = self.trackers.get("tensorboard")
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from protoseg.models.checkpoint import load_weights, save_checkpoint, segmenter_
 from protoseg.runtime import distributed
 from protoseg.runtime.config_keys import differing_keys
 from protoseg.runtime.errors import UserError
+from protoseg.training.log import read_metrics
 from protoseg.training.step import Run, unseen_classes
 
 # Keys that may differ between a run and its continuation: they do not change what is learned.
@@ -103,7 +104,7 @@ def checkpoint_to_resume(out: Path, resume: str | None) -> Path | None:
     path = None if resume is None else Path(resume)
     if path is not None:
         path = path / "last.pt" if path.is_dir() else path
-    occupied = (out / "config.yaml").exists() or (out / "last.pt").exists()
+    occupied = (out / "last.pt").exists() or bool(read_metrics(out))  # not where it failed at once
     if occupied and (path is None or path.parent.resolve() != out.resolve()):
         raise UserError(
             f"{out}: this folder already holds a run; go on with it by --resume auto,"

@@ -76,6 +76,19 @@ class Mlflow:
 TRACKERS: dict[str, type[Any]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": Mlflow}
 
 
+def start_tracker(name: str, folder: Path, first_step: int) -> Tracker:
+    """Errors: UserError where its client is not installed, or does not start with its settings."""
+    try:
+        return TRACKERS[name](folder, first_step)
+    except UserError:
+        raise
+    except Exception as error:  # whatever their clients meet: no login, no server, no store
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"train.track: {name} does not start ({reason:.300}); mend its settings, or leave it out"
+        ) from None
+
+
 def client(name: str) -> Any:
     """Another program's client. Errors: UserError with the line that installs it."""
     try:

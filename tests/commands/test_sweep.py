@@ -381,7 +381,9 @@ def test_slurm_without_submitit_is_one_line(
     monkeypatch.setattr(builtins, "__import__", no_submitit)
     arguments = [str(config), "--vary", "loss.ppc=0", "--launcher", "slurm", "--out", str(tmp_path / "out")]
     assert command("sweep", arguments) == 2
-    assert capsys.readouterr().err == 'error: --launcher slurm needs submitit: pip install -e ".[slurm]"\n'
+    assert (
+        capsys.readouterr().err == "error: --launcher slurm needs submitit: pip install 'protoseg[slurm]'\n"
+    )
 
 
 SBATCH = """#!/bin/sh

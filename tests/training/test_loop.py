@@ -383,11 +383,14 @@ def test_unreadable_image_stops_the_run_and_its_workers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_folder(tmp_path / "data")
+    image = (tmp_path / "data/images/train/2.png").read_bytes()
     (tmp_path / "data/images/train/2.png").write_bytes(b"not an image")
     changes = [f"data.root={tmp_path / 'data'}", "data.workers=1", "data.batch_size=3"]
     arguments = [str(write_config(tmp_path)), "--out", str(tmp_path / "run"), *changes]
     assert "2.png" in errors_of(capsys, "train", arguments)
     assert not multiprocessing.active_children()
+    (tmp_path / "data/images/train/2.png").write_bytes(image)
+    assert command("train", arguments) == 0, "nothing was learned: the folder is as good as new"
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_a_client_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: py
         config_from({"train": {"track": ["comet"]}}, "test")
 
 
+def test_a_client_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: Any) -> None:
+        raise RuntimeError("api_key not configured\nrun wandb login")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fails))
+    message = r"^train\.track: wandb does not start \(api_key not configured run wandb login\); mend"
+    with pytest.raises(UserError, match=message):
+        RunLog(tmp_path, 0, CLASSES, PALETTE, ["wandb"])
+
+
 def test_a_tracker_that_fails_does_not_end_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
