@@ -35,7 +35,7 @@ def save_model_folder(folder: Path, content: dict[str, Any], run: Path | None = 
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in content["model"].items()}
     with whole_file(folder / WEIGHTS_FILE) as part:
         safetensors.torch.save_file(state, part, metadata={"format": "pt"})
-    about = {name: value for name, value in content.items() if name != "model"}
+    about = {name: content[name] for name in ("config", "classes", "palette", "step")}
     write_json(folder / ABOUT_FILE, {"library_name": "protoseg", "version": version("protoseg"), **about})
     samples = (run / "samples").glob("*_*.png") if run else ()  # NAME_STEP.png
     pictures = sorted(samples, key=lambda path: path.stem.rsplit("_")[-1], reverse=True)[:PICTURES]
