@@ -7,8 +7,6 @@ from protoseg.commands.parser import parser_of
 from protoseg.config import load_config
 from protoseg.training.loop import train
 
-OVERRIDES = "configuration values on top of the file's, for example train.iterations=1000"
-
 
 def main(arguments: Sequence[str]) -> None:
     """Train a model."""
@@ -21,7 +19,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--extend", action="store_true", help="with --resume: up to more train.iterations than the run had"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="on top of the file's, such as train.iterations=1000",
+    )
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
     train(config, args.out or Path("runs") / args.config.stem, args.resume, args.extend)

@@ -91,8 +91,6 @@ def _frames(av: ModuleType, container: Any, source: str) -> Iterator[Tensor]:
 def _open_webcam(av: ModuleType, number: int) -> Any:
     if sys.platform == "darwin":
         return av.open(str(number), format="avfoundation", container_options={"framerate": "30"})
-    if sys.platform == "win32":
-        raise UserError(f"webcam {number}: cameras are read on Linux and macOS only; record a file instead")
     return av.open(f"/dev/video{number}", format="v4l2")
 
 

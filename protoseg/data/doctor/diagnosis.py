@@ -66,9 +66,9 @@ def _colour_masks(facts: Sequence[FileFacts], palette: Palette) -> list[Finding]
     if colours and all(r == g == b for r, g, b in colours):
         advice = "the three channels are equal: save one of them"
     elif len(colours & set(palette)) > len(colours) / 2:
-        advice = "the colours are those of the palette: replace each by its class id"
+        advice = "the colours are those of the palette: `protoseg convert_labels colours` makes ids of them"
     else:
-        advice = f"replace each colour by its class id; some of the colours: {sorted(colours)[:4]}"
+        advice = f"`protoseg convert_labels colours` makes them; some of the colours: {sorted(colours)[:4]}"
     text = f"{len(masks)} label(s) are colour masks, wants one channel of class ids; {advice}"
     return [Finding("colour mask", "error", text, tuple(f.label for f in masks))]
 

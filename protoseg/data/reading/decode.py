@@ -148,7 +148,7 @@ def _pillow_ids(path: Path) -> NDArray[np.integer]:
 def _colour_mask(path: Path, kind: str) -> UserError:
     return UserError(
         f"{path}: this label is a colour mask ({kind}), wants one channel of class ids; "
-        "convert colours to ids, or save it as a palette or grey PNG"
+        "`protoseg convert_labels colours` makes them, or save it as a palette or grey PNG"
     )
 
 

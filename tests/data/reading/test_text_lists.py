@@ -132,7 +132,7 @@ def test_hidden_folders_are_left_alone_everywhere(root, tmp_path, name):
     assert names(root) == ["a b", "c", "town/x", "träin"]
     report = check_dataset(DataConfig(root=root, classes=CLASSES))
     assert report.images == {"train": 4, "val": 1}
-    with pytest.raises(UserError, match=r"has train, val$"):
+    with pytest.raises(UserError, match=r"has train, val; name one of these, or add it$"):
         build_dataset("folder", root=root, split="test", classes=CLASSES)
     for given in (str(root / "images"), f"{root}/images/**/*.png"):
         found = find_sources([given], tmp_path / "out")
