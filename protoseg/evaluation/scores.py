@@ -105,9 +105,12 @@ def none_if_nan(value: float) -> float | None:
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """(C, C) pixel counts of int64 maps, row = label, column = prediction; ignored pixels are left out."""
-    known = target != ignore_index
-    pairs = num_classes * target[known] + prediction[known]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    # Here, not above: it brings transformers and half of scipy, three seconds that most commands never need.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(
+        prediction, target, num_classes, ignore_index=ignore_index, validate_args=False
+    )
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from protoseg.training.feature_cache import FeatureCache
 from protoseg.training.objective import Labels, Objective, StepOutput
 from protoseg.training.optimizer import build_optimizer, build_schedule
 
-TRIPLETS = 2048  # of a micro-batch, for the tree-triplet loss
+TRIPLETS = 512  # of a micro-batch, for the tree-triplet loss
 
 
 @dataclass
