@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg.data.tree import LabelTree
+from protoseg.runtime.files import none_if_nan
 
 
 def level_confusion(confusion_VC: Tensor, tree: LabelTree, level: int) -> Tensor:
@@ -43,11 +44,11 @@ def level_scores(confusion_VC: Tensor, tree: LabelTree) -> dict[str, Any]:
         iou_V = both.double() / (counts_VV.sum(0) + counts_VV.sum(1) - both)
         nodes = sorted(set(tree.level_of_classes(level).tolist()))
         levels[str(level)] = {
-            "mIoU": _defined(iou_V[nodes].nanmean().item()),
-            "aAcc": _defined((both.sum().double() / counts_VV.sum()).item()),
-            "IoU": {tree.names[v]: _defined(iou_V[v].item()) for v in nodes},
+            "mIoU": none_if_nan(iou_V[nodes].nanmean().item()),
+            "aAcc": none_if_nan((both.sum().double() / counts_VV.sum()).item()),
+            "IoU": {tree.names[v]: none_if_nan(iou_V[v].item()) for v in nodes},
         }
-    return {"levels": levels, "tree_distance": _defined(mean_tree_distance(confusion_VC, tree))}
+    return {"levels": levels, "tree_distance": none_if_nan(mean_tree_distance(confusion_VC, tree))}
 
 
 class ConsistencyCount:
@@ -74,8 +75,3 @@ class ConsistencyCount:
             by_leaf_N |= largest_VN.gather(0, right_N[None])[0] < largest_VN.amax(0)
             by_sum_N |= nothing_VN.scatter_add(0, node_CN, share_CN).argmax(0) != right_N
         self.counts += torch.stack([torch.ones_like(class_N).sum(), by_leaf_N.sum(), by_sum_N.sum()])
-
-
-def _defined(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if value != value else value

@@ -13,6 +13,7 @@ from protoseg.core.health import perplexity
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.core.similarity import own_similarities
 from protoseg.runtime.distributed import all_reduce
+from protoseg.runtime.files import none_if_nan
 
 
 @torch.inference_mode()  # as the embeddings of an evaluation are made in
@@ -40,4 +41,4 @@ def prototype_use(
         cosine_C.index_add_(0, labels_N[kept_N], own.values[kept_N].to(cosine_C.dtype))
     counts_CK, cosine_C = all_reduce(counts_CK), all_reduce(cosine_C)
     values = {"in_use": perplexity(counts_CK), "own_cosine": cosine_C / counts_CK.sum(1)}
-    return {name: [None if x != x else x for x in each.tolist()] for name, each in values.items()}
+    return {name: [none_if_nan(x) for x in each.tolist()] for name, each in values.items()}

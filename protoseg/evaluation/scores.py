@@ -14,6 +14,7 @@ from protoseg.data.tree import LabelTree
 from protoseg.evaluation.inference import Prediction
 from protoseg.evaluation.level_scores import level_scores
 from protoseg.runtime.distributed import all_reduce
+from protoseg.runtime.files import none_if_nan
 
 BINS = 15
 BOUNDARY_RATIO = 0.02  # width of the boundary, as a share of the image's diagonal
@@ -96,11 +97,6 @@ class Scores:
 
     def _by_class(self, values: Tensor) -> dict[str, float | None]:
         return dict(zip(self.classes, map(none_if_nan, values.tolist())))
-
-
-def none_if_nan(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if value != value else value
 
 
 def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -82,3 +82,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write indented JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def none_if_nan(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if value != value else value
