@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from protoseg.core import similarity
-from protoseg.core.similarity import MIN_NORM, at_least_single, k_major, own_similarities, rows_and_lengths
+from protoseg.core.similarity import (
+    MIN_NORM,
+    at_least_single,
+    k_major,
+    layout,
+    own_similarities,
+    rows_and_lengths,
+)
 
 GATHERED_BYTES = 3 * 2**19  # of the table of prototypes at a time: about what a core keeps near
 
@@ -27,6 +34,7 @@ class PrototypeScores(NamedTuple):
     own_NK: Tensor  # iᵀp_yk for the pixel's own class y; class 0 where the label is −1
     right_N: Tensor  # bool, whether the nearest prototype of all is one of the pixel's own class
     emb_ND: Tensor  # unit vectors, detached
+    drawn_PD: Tensor  # unit vectors of the drawn pixels, or of all, with a gradient
 
 
 def prototype_scores(
@@ -37,6 +45,7 @@ def prototype_scores(
     scale_C: Tensor,
     offset_C: Tensor,
     score_dtype: torch.dtype | None = None,
+    drawn_P: Tensor | None = None,
 ) -> PrototypeScores:
     """Class scores, own-class similarities, and which pixels are nearest to a prototype of their own class.
 
@@ -44,13 +53,14 @@ def prototype_scores(
     protos_CKD: unit length. labels_N: int64, −1 takes no part. live_C: bool, classes that have prototypes;
     where not, the logit is offset_C and the similarities −1. score_dtype: of the product with all M
     prototypes, for example bfloat16 on a GPU; own_NK is in the features' (promoted) dtype nevertheless.
+    drawn_P: int64, which of the N pixels are wanted as unit vectors with a gradient; None: all.
     Memory: O(N·(C + K + D)) held for backward, n·M in passing. Of prototypes that tie for the maximum the
     first one gets the gradient.
     """
     protos_CKD = protos_CKD.detach().to(torch.promote_types(features.dtype, torch.float32))
     with torch.autocast(features.device.type, enabled=False):
         logits_BCP, *rest = _PrototypeScores.apply(
-            features, protos_CKD, labels_N, live_C, scale_C, offset_C, score_dtype
+            features, protos_CKD, labels_N, live_C, scale_C, offset_C, score_dtype, drawn_P
         )
     return PrototypeScores(logits_BCP.unflatten(2, features.shape[2:]), *rest)
 
@@ -71,6 +81,7 @@ class _PrototypeScores(torch.autograd.Function):
         scale_C: Tensor,
         offset_C: Tensor,
         score_dtype: torch.dtype | None,
+        drawn_P: Tensor | None,
     ) -> tuple[Tensor, ...]:
         num_classes, num_prototypes, _ = protos_CKD.shape
         batch, pixels = len(features), features.shape[2] * features.shape[3]
@@ -120,30 +131,35 @@ class _PrototypeScores(torch.autograd.Function):
         right_N = right_N & taking_part_N
         # A copy, so that the prototypes may move before backward.
         table_MD = k_major(protos_CKD * live_C[:, None, None])
-        ctx.save_for_backward(emb_ND, length_N1, best_CN, label_N, table_MD, scale_C1)
-        ctx.source = features.shape, features.dtype
+        drawn_PD = emb_ND if drawn_P is None else emb_ND[drawn_P]
+        detached_ND = emb_ND.detach()
+        ctx.save_for_backward(emb_ND, length_N1, best_CN, label_N, table_MD, scale_C1, drawn_P)
+        ctx.source = features.shape, features.dtype, layout(features)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(right_N, emb_ND)
-        return logits_BCP, own_NK, right_N, emb_ND
+        ctx.mark_non_differentiable(right_N, detached_ND)
+        return logits_BCP, own_NK, right_N, detached_ND, drawn_PD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _PrototypeScores._gradient(ctx, grads[0], grads[1]), *[None] * 6
+            return _PrototypeScores._gradient(ctx, grads[0], grads[1], grads[4]), *[None] * 7
 
     @staticmethod
-    def _gradient(ctx: Any, grad_BCP: Tensor | None, grad_own_NK: Tensor | None) -> Tensor:
-        emb_ND, length_N1, best_CN, label_N, table_MD, scale_C1 = ctx.saved_tensors
-        shape, dtype = ctx.source
+    def _gradient(
+        ctx: Any, grad_BCP: Tensor | None, grad_own_NK: Tensor | None, grad_drawn_PD: Tensor | None
+    ) -> Tensor:
+        emb_ND, length_N1, best_CN, label_N, table_MD, scale_C1, drawn_P = ctx.saved_tensors
+        shape, dtype, memory_format = ctx.source
         batch, pixels, num_classes = shape[0], shape[2] * shape[3], len(best_CN)
         if grad_BCP is None:
             grad_BCP = emb_ND.new_zeros(batch, num_classes, pixels)
         if grad_own_NK is None:
             grad_own_NK = emb_ND.new_zeros(len(emb_ND), len(table_MD) // num_classes)
         first_K = torch.arange(0, len(table_MD), num_classes, device=table_MD.device)
-        grad = emb_ND.new_empty(shape, dtype=dtype)
+        grad = torch.empty(shape, dtype=dtype, device=emb_ND.device, memory_format=memory_format)
+        grad_BDP = grad.flatten(2)
         for images, at, flat in _pieces(batch, pixels, ctx.chunk):
             weight_Cn = grad_BCP[images, :, at].transpose(0, 1).flatten(1) * scale_C1
             rows_nD = _weighted_rows(
@@ -151,12 +167,22 @@ class _PrototypeScores(torch.autograd.Function):
                 (best_CN[:, flat].t(), weight_Cn.t()),
                 (label_N[flat, None] + first_K, grad_own_NK[flat]),
             )
-            # Through x / ‖x‖; where the length was clamped the division is by a constant.
-            along_n1 = torch.linalg.vecdot(rows_nD, emb_ND[flat])[:, None] * (length_N1[flat] > MIN_NORM)
-            rows_nD.addcmul_(emb_ND[flat], along_n1, value=-1).div_(length_N1[flat])
-            target_bDp = grad.flatten(2)[images, :, at]
+            if grad_drawn_PD is not None and drawn_P is None:
+                rows_nD.add_(grad_drawn_PD[flat])
+            target_bDp = grad_BDP[images, :, at]
+            rows_nD = _through_length_(rows_nD, emb_ND[flat], length_N1[flat])
             target_bDp.copy_(_as_maps(rows_nD.t(), target_bDp))
+        if grad_drawn_PD is not None and drawn_P is not None:
+            rows_PD = _through_length_(grad_drawn_PD.clone(), emb_ND[drawn_P], length_N1[drawn_P])
+            image_P, at_P = drawn_P.div(pixels, rounding_mode="floor"), drawn_P.remainder(pixels)
+            grad_BDP.transpose(1, 2).index_put_((image_P, at_P), rows_PD.to(dtype), accumulate=True)
         return grad
+
+
+def _through_length_(grad_nD: Tensor, emb_nD: Tensor, length_n1: Tensor) -> Tensor:
+    """In place, the gradient of x from that of x / ‖x‖; where the length was clamped, of x / constant."""
+    along_n1 = torch.linalg.vecdot(grad_nD, emb_nD)[:, None] * (length_n1 > MIN_NORM)
+    return grad_nD.addcmul_(emb_nD, along_n1, value=-1).div_(length_n1)
 
 
 def log_sum_exp(

@@ -142,13 +142,18 @@ class PrototypeHead(nn.Module):
             compared = self._compared(features)
             labels_N = self._valid_labels(features, labels)
             normalised = self.settings.score_norm == "layer_norm"
-            scores, own_NK, right_N, emb_ND = prototype_scores(
+            drawn_P = None
+            if drawn is not None:
+                image_B1 = torch.arange(len(drawn), device=drawn.device)[:, None]
+                drawn_P = (image_B1 * labels[0].numel() + drawn).flatten()
+            scores, own_NK, right_N, emb_ND, drawn_PD = prototype_scores(
                 compared,
                 self.prototypes,
                 labels_N,
                 self.initialized,
                 *self._scale_and_offset(),
                 score_dtype=self.score_dtype,
+                drawn_P=drawn_P,
             )
             assignment_N = assign(self._plan(own_NK, labels_N), labels_N)
             labelled_N = labels_N >= 0
@@ -158,7 +163,7 @@ class PrototypeHead(nn.Module):
             positive_N = own_NK.gather(1, assignment_N.clamp(min=0)[:, None])[:, 0]
             return TrainingOutput(
                 self._normalised(scores) if normalised else scores,
-                self._ppc(compared, positive_N, labelled_N, scale, drawn),
+                self._ppc(drawn_PD, drawn_P, positive_N, labelled_N, scale),
                 ppd_loss(positive_N, labelled_N, scale),
                 assignment_N.view_as(labels),
                 own_NK.detach().argmax(1).view_as(labels),
@@ -279,20 +284,14 @@ class PrototypeHead(nn.Module):
         return torch.addcmul(offset_C[:, None, None].to(scores.dtype), scores, shown_C11)
 
     def _ppc(
-        self, compared: Tensor, positive_N: Tensor, labelled_N: Tensor, scale: Tensor, drawn: Tensor | None
+        self, drawn_PD: Tensor, drawn_P: Tensor | None, positive_N: Tensor, labelled_N: Tensor, scale: Tensor
     ) -> Tensor:
         """PPC of all pixels, or of the drawn ones."""
-        if drawn is None:
-            emb_PD = unit_rows(compared)
-        else:
-            pixels = compared.shape[2] * compared.shape[3]
-            image_B1 = torch.arange(len(drawn), device=drawn.device)[:, None]
-            emb_PD = unit(compared.flatten(2)[image_B1, :, drawn].flatten(0, 1))
-            at_P = (image_B1 * pixels + drawn).flatten()
-            positive_N, labelled_N = positive_N[at_P], labelled_N[at_P]
-            scale = scale * (pixels / max(drawn.shape[1], 1))
+        if drawn_P is not None:
+            scale = scale * (len(labelled_N) / max(len(drawn_P), 1))
+            positive_N, labelled_N = positive_N[drawn_P], labelled_N[drawn_P]
         tau = self.settings.temperature
-        denominator_P = log_sum_exp(emb_PD, self.prototypes, tau, self.initialized, self.score_dtype)
+        denominator_P = log_sum_exp(drawn_PD, self.prototypes, tau, self.initialized, self.score_dtype)
         return ppc_loss(denominator_P, positive_N, labelled_N, tau, scale)
 
     def _plan(self, own_NK: Tensor, labels_N: Tensor) -> Tensor:

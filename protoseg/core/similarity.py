@@ -43,6 +43,12 @@ def rows_and_lengths(features: Tensor) -> tuple[Tensor, Tensor]:
     return emb_ND.div_(length_N1), length_N1
 
 
+def layout(maps: Tensor) -> torch.memory_format:
+    """How a map (B, D, h, w) lies in memory: pixel by pixel, or else channel by channel."""
+    by_pixel = maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous()
+    return torch.channels_last if by_pixel else torch.contiguous_format
+
+
 def class_scores(
     emb_ND: Tensor,
     protos_CKD: Tensor,

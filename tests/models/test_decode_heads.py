@@ -128,6 +128,10 @@ def test_every_head_keeps_the_contract(name: str, strides: list[int]) -> None:
         assert nothing == []
         compiled = torch.compile(head, backend="eager", fullgraph=True)(maps)[0]
         last = head([x.contiguous(memory_format=torch.channels_last) for x in maps])[0]
+    if name in ("mlp", "mlp_branch", "hrnet", "whiten"):  # a pixel's channels side by side
+        assert once.is_contiguous(memory_format=torch.channels_last)
+    if name in ("mlp", "mlp_branch", "hrnet", "whiten"):  # a pixel's channels side by side
+        assert once.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(compiled, once)
     torch.testing.assert_close(last, once, rtol=1e-4, atol=1e-5)
 
