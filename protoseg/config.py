@@ -58,6 +58,9 @@ class DataConfig(Section):
     # The frozen backbone's maps of whole images on disk: true is runs/features, or a folder's name.
     cache_features: bool | Path = False
     cache_gb: Annotated[float, Field(gt=0)] = 20
+    cache_mb: Annotated[float, Field(ge=0)] = (
+        0  # keep decoded images in memory, per rank, if they fit in this
+    )
     rare_class_temperature: Annotated[float, Field(gt=0)] | None = None  # 0.01: rare classes more often
 
     @field_validator("classes", "label_map", mode="before")
@@ -184,6 +187,10 @@ class Config(Section):
             return self
         if not self.backbone.frozen:
             raise ValueError("data.cache_features needs backbone.frozen: true")
+        if self.data.cache_mb:
+            raise ValueError(
+                "data.cache_mb: with data.cache_features no image is read; leave one of them out"
+            )
         d = self.data
         if (d.scale, d.flip, d.photometric, d.on_error) != ((1, 1), 0, False, "raise"):
             raise ValueError(

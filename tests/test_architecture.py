@@ -25,7 +25,7 @@ HOUSE = {
         "reading.value_range classes.published digits",
         "reading.decode",
         "reading.pairing file_dataset",
-        "order specs doctor.facts annotations",
+        "order specs doctor.facts annotations in_memory",
         "loader datasets doctor.class_table doctor.label_map_advice",
         "doctor.diagnosis ade20k_conversion",
         "doctor.report",

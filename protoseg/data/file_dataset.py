@@ -80,18 +80,13 @@ class FileDataset:
         return torch.from_numpy(self._ids.to_classes(self._read_ids(label_file), label_file))
 
 
-class RenumberedDataset:
-    """A dataset in the class ids of another list, matched by name; classes that are not in it are ignored."""
+class DatasetView:
+    """Another dataset's samples in another form; what a subclass does not say is as it is there."""
 
-    def __init__(self, dataset: Dataset, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.classes = tuple(classes)
-        self.palette = tuple((r, g, b) for r, g, b in palette)
-        self.ignore_index = max(dataset.ignore_index, len(classes))
-        dtype = torch.uint8 if self.ignore_index < 256 else torch.int32
-        ids = [classes.index(name) if name in classes else self.ignore_index for name in dataset.classes]
-        others = dataset.ignore_index + 1 - len(ids)  # inner nodes of a label tree, and what is ignored
-        self._ids = torch.tensor([*ids, *[self.ignore_index] * others], dtype=dtype)
+        self.classes, self.palette = dataset.classes, dataset.palette
+        self.ignore_index = dataset.ignore_index
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -101,6 +96,23 @@ class RenumberedDataset:
 
     def stamp(self, index: int) -> str:
         return self.dataset.stamp(index)
+
+    def label(self, index: int) -> torch.Tensor:
+        return self.dataset.label(index)
+
+
+class RenumberedDataset(DatasetView):
+    """A dataset in the class ids of another list, matched by name; classes that are not in it are ignored."""
+
+    def __init__(self, dataset: Dataset, classes: Sequence[str], palette: Sequence[Sequence[int]]) -> None:
+        super().__init__(dataset)
+        self.classes = tuple(classes)
+        self.palette = tuple((r, g, b) for r, g, b in palette)
+        self.ignore_index = max(dataset.ignore_index, len(classes))
+        dtype = torch.uint8 if self.ignore_index < 256 else torch.int32
+        ids = [classes.index(name) if name in classes else self.ignore_index for name in dataset.classes]
+        others = dataset.ignore_index + 1 - len(ids)  # inner nodes of a label tree, and what is ignored
+        self._ids = torch.tensor([*ids, *[self.ignore_index] * others], dtype=dtype)
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, label = self.dataset.read(index)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoseg.config import Config
-from protoseg.data.file_dataset import Dataset
+from protoseg.data.file_dataset import Dataset, DatasetView
 from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
@@ -24,7 +24,7 @@ from protoseg.runtime.files import whole_file
 DEFAULT_FOLDER = Path("runs/features")
 
 
-class FeatureCache:
+class FeatureCache(DatasetView):
     """A dataset whose images are their own numbers; `maps` gives what the backbone makes of them.
 
     dataset: what is read; its labels are handed on. size: (height, width) to which images and labels are
@@ -32,21 +32,11 @@ class FeatureCache:
     """
 
     def __init__(self, dataset: Dataset, folder: Path, size: tuple[int, int] | None) -> None:
-        self.dataset, self.size = dataset, size
-        self.classes, self.palette = dataset.classes, dataset.palette
-        self.ignore_index = dataset.ignore_index
+        super().__init__(dataset)
+        self.size = size
         padded = "" if size is None else f" in {size}"
         names = [hashlib.sha256(f"{dataset.stamp(i)}{padded}".encode()).hexdigest() for i in range(len(self))]
         self.files = [folder / f"{name[:32]}.pt" for name in names]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, index: int) -> str:
-        return self.dataset.name(index)
-
-    def stamp(self, index: int) -> str:
-        return self.dataset.stamp(index)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """The number of the sample, for `maps`, and its label."""

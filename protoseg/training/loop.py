@@ -16,6 +16,7 @@ from protoseg.config import Config, stored_config, to_plain
 from protoseg.core.losses import downsample_labels
 from protoseg.data.datasets import measured, open_dataset
 from protoseg.data.file_dataset import Dataset
+from protoseg.data.in_memory import in_memory
 from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
 from protoseg.evaluation.inference import WHOLE_PIXELS, InferenceSettings, Prediction, most_likely, segment
@@ -68,6 +69,10 @@ def train(config: Config, out: Path, resume: str | None = None, extend: bool = F
             print(report)
     if config.data.cache_features:
         train_set, val_set = keep_features(run, train_set, val_set)
+    if config.data.cache_mb:
+        train_set, message = in_memory(train_set, config.data.cache_mb)
+        if distributed.is_main():
+            print(message)
     log = None
     if distributed.is_main():
         make_folder(out)

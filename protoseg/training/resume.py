@@ -18,6 +18,7 @@ from protoseg.training.step import Run, unseen_classes
 OPERATIONAL = (
     "data.root",
     "data.workers",
+    "data.cache_mb",
     "data.cache_",
     "eval.",
     "checkpoint.",

@@ -7,6 +7,7 @@ import torch
 
 from protoseg.config import DataConfig
 from protoseg.data.digits import Digits
+from protoseg.data.in_memory import InMemoryDataset, in_memory
 from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
 from protoseg.runtime.errors import UserError
@@ -179,3 +180,54 @@ def test_workers_live_through_ctrl_c():
     for child in children:
         os.kill(child.pid, signal.SIGINT)
     assert sum(1 for _ in stream) == 398
+
+
+MB = sum(4 * (8 + i) * 8 for i in range(LENGTH)) / 1e6  # image and label
+
+
+class Counted(Numbers):
+    """Says how often it was asked."""
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.reads = 0
+
+    def read(self, index):
+        self.reads += 1
+        return super().read(index)
+
+    def label(self, index):
+        return self.read(index)[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_batches_and_no_file_is_read_again(workers):
+    dataset = Counted()
+    kept, message = in_memory(dataset, 1)
+    read = dataset.reads
+    assert isinstance(kept, InMemoryDataset)
+    assert message == "data.cache_mb: 10 decoded images in memory, 0.0 MB"
+    assert_same(batches(kept, workers=workers), batches(Numbers()))
+    assert torch.equal(kept.label(3), Numbers().read(3)[1])
+    assert dataset.reads == read
+    assert (len(kept), kept.name(2), kept.classes, kept.ignore_index) == (LENGTH, "n2", ("a", "b"), 255)
+
+
+def test_what_does_not_fit_is_read_from_files():
+    dataset = Counted()
+    assert in_memory(dataset, MB * 1.01)[0] is not dataset
+    same, message = in_memory(dataset, MB * 0.99)
+    assert same is dataset
+    assert "10 decoded images would take about 0.0 MB, 0.00396 are allowed; they are read from" in message
+
+
+@pytest.mark.parametrize("bad", [(3,), range(LENGTH)])
+def test_the_loader_deals_with_what_cannot_be_read(bad):
+    kept, _ = in_memory(Numbers(bad=bad), 1)
+    with pytest.raises(UserError, match=r"n\d\.png: cannot read this image"):
+        batches(kept)
+    if len(bad) == 1:
+        with pytest.warns(UserWarning, match="skipped: dir/n3.png"):
+            skipped = batches(kept, on_error="skip")
+        with pytest.warns(UserWarning, match="skipped: dir/n3.png"):
+            assert_same(skipped, batches(Numbers(bad=bad), on_error="skip"))

@@ -17,6 +17,7 @@ from sklearn.datasets import load_sample_images
 from protoseg.config import DataConfig
 from protoseg.data.datasets import build_dataset
 from protoseg.data.file_dataset import Dataset, FileDataset
+from protoseg.data.in_memory import InMemoryDataset
 from protoseg.data.loader import train_loader
 from protoseg.data.reading.decode import read_image, read_label_ids
 from protoseg.data.transforms import TrainTransform
@@ -28,12 +29,12 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmark.py data", description=__doc__.splitlines()[0])
     parser.add_argument("--camvid", type=Path, default=Path("data/camvid"))
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
-    parser.add_argument("--workers", type=int, default=2, help="of the loader, in the last column")
+    parser.add_argument("--workers", type=int, default=2, help="of the loader, in the last two columns")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print(f"{'':22}{'images/s and core':^47}{'share of':>10}  loader,")
+    print(f"{'':22}{'images/s and core':^37}{'share of':>10}{f'loader, {options.workers} workers':>26}")
     print(
-        f"{'':22}{'image':>9}{'label':>9}{'augment':>10}{'all':>9}{'decoding':>20}  {options.workers} workers"
+        f"{'':22}{'image':>9}{'label':>9}{'augment':>10}{'all':>9}{'decoding':>10}{'files':>13}{'memory':>13}"
     )
     if options.camvid.is_dir():
         camvid = build_dataset("camvid", root=options.camvid, split="train")
@@ -58,8 +59,9 @@ def measure(name: str, dataset: Dataset, crop: tuple[int, int], options: argpars
     whole = rate(lambda i: transform(*dataset.read(i % len(files))), options.seconds)
     share = whole * (1 / image + 1 / label)
     loaded = loader_rate(dataset, transform, options)
+    kept = loader_rate(InMemoryDataset(dataset), transform, options)
     print(
-        f"{name:22}{image:9.1f}{label:9.1f}{augment:10.1f}{whole:9.1f}{share:20.0%}  {loaded:7.1f} images/s",
+        f"{name:22}{image:9.1f}{label:9.1f}{augment:10.1f}{whole:9.1f}{share:10.0%}{loaded:13.1f}{kept:13.1f}",
         flush=True,
     )
 
