@@ -5,6 +5,7 @@ Forward, backward, clustering and update:
     python tools/benchmark.py head [--device cpu|cuda] [--repeats 5] [--case N D C K ...] [--threads 2]
 
 Both start from the same feature map and give the same losses and (up to rounding) the same new prototypes.
+"Default" is ours with PPC of one pixel in eight, as configs have it; "ours" has PPC of all, as the reference.
 Times are medians of alternating repeats. Floors are the bare products of pixels and prototypes: two where
 scores are kept for backward, three where they are computed again. Memory is the peak of tensors
 alive beyond the inputs, from the allocator's own events (CUDA: max_memory_allocated).
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from benchmarks._measure import machine, peak_bytes, timed
 from torch import Tensor
 
+from protoseg.config import LossConfig
 from protoseg.core import reference
+from protoseg.core.draws import draw_pixels
 from protoseg.core.prototypes import PrototypeHead
 
 CASES = ((32768, 256, 150, 10), (32768, 256, 19, 10), (8192, 256, 847, 10))
@@ -36,9 +39,9 @@ def straightforward(protos_CKD: Tensor, features: Tensor, labels: Tensor) -> Ten
     return loss.detach()
 
 
-def ours(head: PrototypeHead, features: Tensor, labels: Tensor) -> Tensor:
-    """The same with this package."""
-    out = head.training_step(features, labels)
+def ours(head: PrototypeHead, features: Tensor, labels: Tensor, drawn: Tensor | None = None) -> Tensor:
+    """The same with this package; PPC of the drawn pixels."""
+    out = head.training_step(features, labels, drawn=drawn)
     loss = F.cross_entropy(out.logits, labels, ignore_index=IGNORE) + 0.01 * out.ppc + 0.01 * out.ppd
     loss.backward()
     head.update_(out)
@@ -63,7 +66,9 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     side = 2 ** ((n // 2).bit_length() // 2)
     features = torch.randn(2, d, n // 2 // side, side, generator=generator).to(device, dtype)
-    features.requires_grad_()
+    features = features.contiguous(
+        memory_format=torch.channels_last
+    ).requires_grad_()  # as decode heads give it
     labels = torch.randint(0, c, (2, n // 2 // side, side), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.05] = IGNORE
     labels = labels.to(device)
@@ -77,6 +82,8 @@ def measure(
         prior="none",  # so that both losses are the same number
         score_dtype="float32" if dtype == torch.float32 else "bfloat16",
     ).to(device)
+    share = int(LossConfig().ppc_pixels * n / 2)
+    drawn = draw_pixels(torch.arange(2), n // 2, share, seed=0, step=0).to(device)
     plain = head.prototypes.clone()
     pixels = features.detach().permute(0, 2, 3, 1).reshape(-1, d)
     rows = head.prototypes.flatten(0, 1).to(dtype, copy=True)
@@ -86,6 +93,10 @@ def measure(
     def run_ours() -> Tensor:
         features.grad = None
         return ours(head, features, labels)
+
+    def run_default() -> Tensor:
+        features.grad = None
+        return ours(head, features, labels, drawn)
 
     def run_plain() -> Tensor:
         features.grad = None
@@ -97,11 +108,12 @@ def measure(
         torch.mm(sims, rows, out=back)
 
     losses = run_ours(), run_plain()
-    grown = [peak_bytes(run, device) for run in (run_ours, run_plain)]
+    grown = [peak_bytes(run, device) for run in (run_ours, run_plain, run_default)]
     two_products()
-    seconds: dict[str, list[float]] = {"ours": [], "plain": [], "two": []}
+    seconds: dict[str, list[float]] = {"ours": [], "default": [], "plain": [], "two": []}
     for repeat in range(repeats):
         seconds["ours"].append(timed(run_ours, device))
+        seconds["default"].append(timed(run_default, device))
         if plain_repeats is None or repeat < plain_repeats:
             seconds["plain"].append(timed(run_plain, device))
         seconds["two"].append(timed(two_products, device))
@@ -109,15 +121,16 @@ def measure(
         **{f"{name}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()},
         "ours_mb": grown[0] / 1e6,
         "plain_mb": grown[1] / 1e6,
+        "default_mb": grown[2] / 1e6,
         "loss_difference": abs(losses[0] - losses[1]).item(),
     }
 
 
 def print_row(n: int, d: int, c: int, k: int, found: dict[str, float]) -> None:
     """One row of the table."""
-    mine, plain, two = (found[f"{name}_ms"] for name in ("ours", "plain", "two"))
+    mine, plain, two, default = (found[f"{name}_ms"] for name in ("ours", "plain", "two", "default"))
     print(
-        f"| {n} | {d} | {c} | {k} | {mine:.0f} | {plain:.0f}"
+        f"| {n} | {d} | {c} | {k} | {default:.0f} | {found['default_mb']:.0f} | {mine:.0f} | {plain:.0f}"
         f" | {plain / mine:.2f} | {two:.0f} | {mine / two:.2f} | {mine / two / 1.5:.2f}"
         f" | {found['ours_mb']:.0f} | {found['plain_mb']:.0f} | 1/{found['plain_mb'] / found['ours_mb']:.1f}"
         f" | {found['loss_difference']:.1e} |",
@@ -137,9 +150,10 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     print(f"{machine(device)}; torch {torch.__version__}; float32; median of {args.repeats} repeats")
-    print("| N | D | C | K | ours ms | straightforward ms | times faster | two products ms | ours / two"
+    print("| N | D | C | K | default ms | default MB | ours ms | straightforward ms | times faster"
+          " | two products ms | ours / two"
           " | ours / three | ours MB | straightforward MB | memory | loss difference |")  # fmt: skip
-    print("|" + "---|" * 14)
+    print("|" + "---|" * 16)
     for case in args.case or CASES:
         n, d, c, k = case
         print_row(n, d, c, k, measure(n, d, c, k, device, args.repeats))
