@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AllReduce = Callable[[Tensor, str], Tensor]
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}  # full-resolution logits at a time: what a cache, 1 GB holds
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}  # full-resolution logits at a time: what a cache, 1 GB holds
 BLOCK = 128  # columns at full resolution of one product
 
 
