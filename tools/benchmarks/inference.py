@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
         choices=list(PEERS),
         help="other programs' SegFormer with upsampling and argmax, whole, alternating",
     )
+    parser.add_argument("--repeats", type=int, default=5, help="with --against")
     args = parser.parse_args(argv)
     if args.against:
         against_programs(args)
@@ -82,8 +83,9 @@ def against_programs(args: argparse.Namespace) -> None:
     images = make_batch(case).image.to(device)
     predictions = {name: build(case).predict for name, build in builders.items()}
     works = {name: partial(predict, images) for name, predict in predictions.items()}
-    seconds, gb = alternating(works, device, 5), peaks(list(works), case, "predict")
-    print(f"{machine(device)}: {model}, {args.classes} classes, {args.size[1]}×{args.size[0]}, medians of 5")
+    seconds, gb = alternating(works, device, args.repeats), peaks(list(works), case, "predict")
+    size = f"{args.size[1]}×{args.size[0]}"
+    print(f"{machine(device)}: {model}, {args.classes} classes, {size}, medians of {args.repeats}")
     for name, its in seconds.items():
         against = ratio(its, seconds["prototypes"])
         print(
