@@ -26,8 +26,9 @@ from torch import Tensor
 
 from protoseg.commands.cli import execute
 from protoseg.config import DataConfig, load_config
-from protoseg.core.clustering import assign, cluster_means, momentum_update, sinkhorn
+from protoseg.core.clustering import assign, cluster_means, sinkhorn
 from protoseg.core.similarity import unit
+from protoseg.core.update import momentum_update
 from protoseg.data.classes.palette import overlay
 from protoseg.data.digits import Digits
 from protoseg.data.doctor.check import check_dataset

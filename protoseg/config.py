@@ -122,7 +122,7 @@ class LossConfig(Section):
     @property
     def by_term(self) -> dict[str, float]:
         """The weight of every term of the total."""
-        return {"ce": 1.0, **self.model_dump(exclude={"ppc_pixels", "class_weights"})}
+        return {"ce": 1.0, **self.model_dump(exclude={"ppc_pixels", "tree_pixels", "class_weights"})}
 
 
 class OptimConfig(Section):
@@ -216,7 +216,7 @@ class Config(Section):
         return self
 
 
-# What a preset changes against the defaults above. `official` also wraps the head (see model.py).
+# What a preset changes against the defaults above. `official` also wraps the head (see build.py).
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {

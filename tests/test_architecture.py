@@ -12,9 +12,10 @@ import pytest
 # of one line do not import each other.
 HOUSE = {
     "core": [
-        "reference similarity losses draws settings",
-        "clustering health pixel_scores contrast_memory tree_losses",
+        "reference ranks similarity draws settings prior",
+        "losses clustering health pixel_scores contrast_memory tree_losses",
         "update contrast_sampling",
+        "start",
         "editing",
         "prototypes contrast",
     ],

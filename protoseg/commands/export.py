@@ -22,7 +22,7 @@ from protoseg.weights.graph import (
 )
 from protoseg.weights.pretrained import save_model_folder
 
-FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "shared"}
+DEFAULT_NAMES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "shared"}
 CHECKED = ((1, 32, 64), (2, 33, 67), (1, 101, 6))  # batch; height and width beyond the smallest
 Runner = Callable[[NDArray[np.uint8]], list[NDArray]]
 
@@ -36,12 +36,12 @@ def main(arguments: Sequence[str]) -> None:
         " (a Swin: from 225, with windows of 12 from 385).",
     )
     parser.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--format", choices=DEFAULT_NAMES, default="onnx")
     parser.add_argument("--output", choices=OUTPUTS, help="of the graph (default: labels)")
     parser.add_argument("--out", type=Path, metavar="PATH", help="default: model.onnx, … in the run folder")
     parser.add_argument("--check", action="store_true", help="run what was written and compare it with torch")
     args = parser.parse_args(arguments)
-    path = args.out or find_checkpoint(args.run).parent / FORMATS[args.format]
+    path = args.out or find_checkpoint(args.run).parent / DEFAULT_NAMES[args.format]
     if args.format == "safetensors" and args.output is not None:
         raise UserError("--output: a folder of safetensors holds the model itself; leave the option out")
     model, _, content = load_segmenter(args.run)
@@ -52,9 +52,10 @@ def main(arguments: Sequence[str]) -> None:
         write_program(path, graph, about_model(content))
     else:
         save_model_folder(path, content, find_checkpoint(args.run).parent)
-    print(f"{path}: written ({args.format}; outputs {', '.join(graph.names)})")
+    outputs = "" if args.format == "safetensors" else f"; outputs {', '.join(graph.names)}"
+    print(f"{path}: written ({args.format}{outputs})")
     if args.check:
-        check(graph, READERS[args.format](path, args.output or "labels"))
+        check(graph, RUNNERS[args.format](path, args.output or "labels"))
 
 
 def check(graph: SegmentationGraph, run: Runner) -> None:
@@ -97,7 +98,7 @@ def _in_torch(module: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> Runne
     return run
 
 
-READERS: dict[str, Callable[[Path, str], Runner]] = {
+RUNNERS: dict[str, Callable[[Path, str], Runner]] = {
     "onnx": onnx_runner,
     "torch": program_runner,
     "safetensors": folder_runner,

@@ -21,7 +21,7 @@ from protoseg.data.classes.palette import default_palette, overlay
 from protoseg.data.reading.decode import IMAGE_ENDINGS
 from protoseg.data.reading.text_lists import is_hidden
 from protoseg.evaluation.inference import Prediction
-from protoseg.figures.pictures import Palette
+from protoseg.figures.pictures import Colours
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import DiskError, safe_name, whole_file
 
@@ -47,7 +47,7 @@ class Outputs:
     """What is written to `folder` for each image or frame: labels and overlays always, the rest on demand."""
 
     folder: Path
-    palette: Palette
+    palette: Colours
     raw_ids: NDArray[np.int64] | None = None  # (C,) ids to write in place of class ids
     confidence: bool = False
     prototypes: bool = False
@@ -155,7 +155,7 @@ def write_maps(
         raise error
 
 
-def id_image(ids: NDArray[np.integer], palette: Palette | None) -> Image.Image:
+def id_image(ids: NDArray[np.integer], palette: Colours | None) -> Image.Image:
     """Ids (H, W) as an image with indexed colours, or grey without palette; 16-bit grey above 256 ids."""
     if (ids.max() if palette is None else len(palette) - 1) > 255:
         return Image.fromarray(ids.astype(np.uint16))

@@ -106,10 +106,10 @@ class Task:
         return all(key.startswith(OPERATIONAL) for key in differ)
 
 
-Run = Callable[[Task, Event], Any]  # returns when the run has ended; asks it to end when the event is set
+RunTask = Callable[[Task, Event], Any]  # returns when the run has ended; asks it to end when the event is set
 
 
-def run_sweep(sweep: Sweep, out: Path, pool: Executor, run: Run) -> list[Record]:
+def run_sweep(sweep: Sweep, out: Path, pool: Executor, run: RunTask) -> list[Record]:
     """Run what is not finished yet, then write results.csv, results.md and results.png into `out`.
 
     A finished run (results.json made with the same configuration) is skipped, a killed one goes on where it

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
 
 ROWS = 4  # samples in a figure
 MOST_POINTS = 1500  # pixels in an embedding figure
-MOST_CLASSES = 20  # classes in an embedding figure, and classes with a patches figure
+MOST_IN_FIGURES = 20  # classes in an embedding figure, and classes with a patches figure
 MOST_MAPS = 6  # heat maps in a row
 PATCH_SIDE = 144  # pixels
 
@@ -104,7 +104,7 @@ class Seen(NamedTuple):
     samples: list[Sample]
 
 
-class Drawn(NamedTuple):
+class FolderFigure(NamedTuple):
     """A figure of the folder; in the page too if it has a caption."""
 
     name: str
@@ -191,7 +191,7 @@ def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse
 
 
 def _look(run: Loaded, surveyed: Dataset, images: int, val: Dataset, samples: int) -> Seen:
-    per_class = max(10, MOST_POINTS // min(len(run.classes), MOST_CLASSES))
+    per_class = max(10, MOST_POINTS // min(len(run.classes), MOST_IN_FIGURES))
     with autocast(run.config, run.model.mean.device):
         chosen = with_bar(spread_indices(len(surveyed), images), run.name, images)
         deeds, pixels = survey(run.model, surveyed, chosen, per_class=per_class)
@@ -200,7 +200,7 @@ def _look(run: Loaded, surveyed: Dataset, images: int, val: Dataset, samples: in
 
 def _sample_figures(
     loaded: Sequence[Loaded], seen: Sequence[Seen], deeds: Survey, protos_CKD: np.ndarray
-) -> Iterator[Drawn]:
+) -> Iterator[FolderFigure]:
     """Figures of the sample images, those of the first one's size."""
     first, num_prototypes = loaded[0], protos_CKD.shape[1]
     samples = seen[0].samples
@@ -208,7 +208,7 @@ def _sample_figures(
     places = [fitting[i] for i in spread_indices(len(fitting), ROWS)]
     same_size = [samples[i] for i in places]
     maps = [(s.image, s.label, s.prediction, s.nearest) for s in same_size]
-    yield Drawn(
+    yield FolderFigure(
         "which_prototype",
         which_prototype_figure(maps, first.classes, first.palette, num_prototypes, first.tree),
         "Which prototype",
@@ -225,7 +225,7 @@ def _sample_figures(
         chosen = sorted(busiest[:MOST_MAPS].tolist())
         cosines = similarity_maps(sample.emb_hwD, protos_CKD[c, chosen])
         rows.append((sample.image, f"class {first.classes[c]}", cosines, chosen))
-    yield Drawn(
+    yield FolderFigure(
         "similarity",
         similarity_figure(rows),
         "Similarity maps",
@@ -234,7 +234,7 @@ def _sample_figures(
     if len(loaded) > 1:
         names, pairs = (first.name, loaded[1].name), zip(same_size, (seen[1].samples[i] for i in places))
         compared = [(a.image, a.label, a.prediction, b.prediction) for a, b in pairs]
-        yield Drawn(
+        yield FolderFigure(
             "comparison",
             comparison_figure(compared, names, first.classes, first.palette),
             "Two models",
@@ -248,10 +248,10 @@ def _prototype_figures(
     deeds: Survey,
     protos_CKD: np.ndarray,
     live_C: np.ndarray,
-) -> Iterator[Drawn]:
+) -> Iterator[FolderFigure]:
     """Figures of the prototypes themselves."""
     first = loaded[0]
-    often = set(np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES].tolist())
+    often = set(np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_IN_FIGURES].tolist())
     columns = []
     for run, (its_deeds, points, _) in zip(loaded, seen):
         head = run.model.prototypes
@@ -265,7 +265,7 @@ def _prototype_figures(
             share_M = its_deeds.share_CK[chosen].reshape(-1)
         label_N = points.label_N[keep_N]
         columns.append((run.name, project(points.emb_ND[keep_N], protos_MD), label_N, owner_M, share_M))
-    yield Drawn(
+    yield FolderFigure(
         "embedding",
         embedding_figure(columns, first.classes, first.palette),
         "Embedding space",
@@ -275,7 +275,7 @@ def _prototype_figures(
     alive = np.flatnonzero(live_C)
     pixels = seen[0].pixels
     if len(alive) > 1 and live_C[pixels.label_N].any():
-        yield Drawn(
+        yield FolderFigure(
             "distance",
             distance_figure(pixels.emb_ND, pixels.label_N, protos_CKD, live_C, first.classes, first.palette),
             "Signed distance",
@@ -283,20 +283,20 @@ def _prototype_figures(
             " one of the pixel's own class.",
         )
     if first.tree is not None:
-        yield Drawn(
+        yield FolderFigure(
             "tree",
             tree_figure(first.tree, first.palette, deeds),
             "Label tree",
             "A node's prototypes are those of its classes: of each the nearest training pixel and its share.",
         )
     names = [first.classes[c] for c in alive]
-    yield Drawn(
+    yield FolderFigure(
         "cosines",
         cosine_figure(protos_CKD[alive], names),
         "Prototypes among each other",
         "Cosines between all prototypes, in blocks of one class; their spread within and between classes.",
     )
-    yield Drawn(
+    yield FolderFigure(
         "assignments",
         assignment_figure(deeds.share_CK[alive], names, [first.palette[c] for c in alive]),
         "Assignment",
@@ -304,7 +304,7 @@ def _prototype_figures(
     )
     lines = read_metrics(first.folder)
     if sum("prototype_health" in line for line in lines) > 1:
-        yield Drawn(
+        yield FolderFigure(
             "health",
             health_figure(lines),
             "Health over training",
@@ -312,16 +312,16 @@ def _prototype_figures(
         )
 
 
-def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[Drawn]:
+def _patch_figures(run: Loaded, deeds: Survey, live_C: np.ndarray) -> Iterator[FolderFigure]:
     """One figure per class, not in the page: the explorer has all of them anyway."""
     num_prototypes = deeds.share_CK.shape[1]
-    often = np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_CLASSES]
+    often = np.argsort(-deeds.won_CK.sum(1), kind="stable")[:MOST_IN_FIGURES]
     in_use_C = prototypes_in_use(deeds.share_CK)
     for c in (c for c in often.tolist() if live_C[c]):
         name = "".join(letter if letter.isalnum() else "_" for letter in run.classes[c])
         in_use = f"{in_use_C[c]:.1f} of {num_prototypes} prototypes in use"
         title = f"class {run.classes[c]}: {in_use}; nearest training pixels, one per image"
-        yield Drawn(
+        yield FolderFigure(
             safe_name(f"patches_{c:03d}_{name}"),
             patches_figure(title, patch_rows(deeds, c, run.classes, PATCH_SIDE)),
         )

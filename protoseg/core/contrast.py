@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protoseg.core.contrast_memory import Gather, PixelMemory, Reduce
+from protoseg.core.contrast_memory import PixelMemory
 from protoseg.core.contrast_sampling import Pool, balanced_pool, full_pool, select_anchors, select_pairs
 from protoseg.core.draws import Groups, class_map, draw_state, fold, pixel_keys, sort_groups
+from protoseg.core.ranks import AllGather, AllReduce, reduced
 from protoseg.core.settings import ContrastSettings
 from protoseg.core.similarity import at_least_single
 
@@ -137,8 +138,8 @@ class PixelContrast(nn.Module):
         *,
         project: bool = True,
         seed: int = 0,
-        all_gather: Gather | None = None,
-        all_reduce: Reduce | None = None,
+        all_gather: AllGather | None = None,
+        all_reduce: AllReduce | None = None,
         rank: int = 0,
         ignore_index: int = 255,
         **settings: Any,
@@ -270,10 +271,7 @@ class PixelContrast(nn.Module):
 
     def _output(self, sums: _Sums, pool: Pool, projected: Tensor) -> ContrastOutput:
         ranks = torch.ones_like(sums.anchors)
-        total = torch.stack([*sums, ranks]).detach()
-        if self.all_reduce is not None:
-            total = self.all_reduce(total, "sum")
-        *joined, ranks = total.unbind()
+        *joined, ranks = reduced(torch.stack([*sums, ranks]).detach(), self.all_reduce).unbind()
         anchors = _Sums(*joined).anchors
         mean = _Sums(*(each / anchors.clamp(min=1) for each in joined))
         every = -(-len(pool.class_L) // UNIFORMITY_ROWS)

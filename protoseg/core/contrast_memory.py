@@ -9,18 +9,14 @@ image and class, T slots of the pixel ring, R slots of the region memory, G grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protoseg.core.draws import Groups, draw_state, fold, sort_groups, to_key
+from protoseg.core.ranks import AllGather
 from protoseg.core.settings import ContrastSettings
 from protoseg.core.similarity import MIN_NORM, at_least_single
-
-Gather = Callable[[Tensor], Tensor]
-Reduce = Callable[[Tensor, str], Tensor]
 
 
 def region_means(rows_ND: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -138,7 +134,7 @@ class PixelMemory(nn.Module):
         class_BP: Tensor,
         key_BP: Tensor,
         indices_B: Tensor,
-        all_gather: Gather | None = None,
+        all_gather: AllGather | None = None,
     ) -> None:
         """Write one batch, in global image order: V pixels and one region per image and class.
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from protoseg.core.contrast_memory import Gather, PixelMemory, Reduce
+from protoseg.core.contrast_memory import PixelMemory
 from protoseg.core.draws import Groups, fold
+from protoseg.core.ranks import AllGather, AllReduce, reduced
 
 
 def select_anchors(
@@ -80,7 +81,7 @@ def balanced_pool(
     memory: PixelMemory | None,
     seed: int,
     step: int | Tensor,
-    all_reduce: Reduce | None = None,
+    all_reduce: AllReduce | None = None,
     rank: int = 0,
 ) -> Pool:
     """Random pool with at most `per_class` candidates of each class, half from the batch and half from the
@@ -111,8 +112,7 @@ def balanced_pool(
     target_L = torch.where(mine_L, torch.arange(len(mine_L), device=mine_L.device), len(mine_L))
     rows_LD.index_copy_(0, target_L, emb_MD.index_select(0, torch.where(mine_L, here_L, 0)))
     emb_LD = rows_LD[:-1]
-    if all_reduce is not None:  # each row has one owner, and rank 0 has the memory's: the sum is a copy
-        emb_LD = all_reduce(emb_LD, "sum")
+    emb_LD = reduced(emb_LD, all_reduce)  # each row has one owner, and rank 0 has the memory's: a copy
     class_C1 = torch.arange(len(batch_C), device=pixel_CQ.device)[:, None]
     class_CQ = torch.where(place_Q < (batch_C + memory_C)[:, None], class_C1, len(batch_C))
     pixel_CQ = torch.where(from_batch_CQ, pixel_CQ, -1)
@@ -124,7 +124,7 @@ def full_pool(
     class_N: Tensor,
     num_classes: int,
     memory: PixelMemory | None,
-    all_gather: Gather | None = None,
+    all_gather: AllGather | None = None,
 ) -> Pool:
     """Pool of every labelled pixel of the global batch and every filled slot of the memory.
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protoseg.core.clustering import divided, momentum_update, start_prototypes
+from protoseg.core.clustering import divided
 from protoseg.core.similarity import unit
-from protoseg.core.update import step_sums
+from protoseg.core.start import start_prototypes
+from protoseg.core.update import momentum_update, step_sums
 
 SPLIT_NOISE = 0.1  # length of the noise that tells a split prototype from the one it came from
 # The head's buffers, all with one row per class, and those of them with one number per prototype.

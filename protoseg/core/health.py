@@ -9,7 +9,9 @@ DEAD_SHARE = 0.1  # of an equal share: a prototype that is nearest to fewer of i
 
 
 class Health(NamedTuple):
-    """State of each class's prototypes, all (C,) float; NaN where a class has none yet or was never used."""
+    """State of each class's prototypes, all (C,) float; NaN where a class has none yet or was never
+    used; `dead` and `churn` are 0 there.
+    """
 
     effective_k: Tensor  # perplexity of the clustering's shares: K if all are used alike, 1 if only one is
     in_use: Tensor  # perplexity of the nearest prototype's shares: how many matter at prediction

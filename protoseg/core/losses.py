@@ -5,15 +5,17 @@ A loss is a sum over pixels times `scale`. With `scale` = W / global count on ea
 ranks' gradients, which is what DDP forms, is the gradient of the mean over all pixels of all ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AllReduce = Callable[[Tensor, str], Tensor]
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**28}  # full-resolution logits at a time: what a cache, 1 GB holds
+from protoseg.core.ranks import AllReduce, reduced
+from protoseg.core.similarity import at_least_single
+
+LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**28}  # full-resolution logits at a time: what a cache, 1 GB holds
 BLOCK = 128  # columns at full resolution of one product
 
 
@@ -83,19 +85,17 @@ def upsampled_cross_entropy(
     ignore_index: int,
     class_weights: Tensor | None = None,
     scale: Tensor | None = None,
-    chunk_size: int | None = None,
 ) -> Tensor:
     """Cross-entropy of bilinearly upsampled logits (align_corners=False) with labels at full resolution.
 
     logits (B, C, h, w), labels (B, H, W) integer. class_weights (C,). scale: from `loss_scale`; the default
     is that of these labels alone, which gives the mean that `F.cross_entropy` gives (0 without a labelled
-    pixel). chunk_size: pixels at full resolution held at a time, in whole rows of one image or, on a GPU, in
-    whole images (default from the sizes). Half types are promoted to float32. No (B, C, H, W) tensor beyond
-    that size exists at any time: each band of rows is upsampled, gives its loss and its gradient at the
-    logits' resolution, and is gone. Returns a 0-d tensor.
+    pixel). Half types are promoted to float32. No (B, C, H, W) tensor exists at any time: each band of rows
+    (on a GPU also of whole images, up to 1 GB) is upsampled, gives its loss and its gradient at the logits'
+    resolution, and is gone. Returns a 0-d tensor.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_single(logits)
         if class_weights is None:
             class_weights = logits.new_ones(logits.shape[1])
             counted = None
@@ -103,9 +103,7 @@ def upsampled_cross_entropy(
             counted = class_weights
         if scale is None:
             scale = loss_scale([labels], ignore_index, counted)
-        loss = _UpsampledCrossEntropy.apply(
-            logits, labels, class_weights.to(logits.dtype), ignore_index, chunk_size
-        )
+        loss = _UpsampledCrossEntropy.apply(logits, labels, class_weights.to(logits.dtype), ignore_index)
         return loss * scale.to(loss.dtype)
 
 
@@ -198,15 +196,12 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         weight_C: Tensor,
         ignore_index: int,
-        chunk_size: int | None,
     ) -> Tensor:
         batch, num_classes, height, width = logits.shape
         full_height, full_width = labels.shape[-2:]
-        if chunk_size is None:
-            elements = CHUNK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS["cpu"])
-            chunk_size = elements // num_classes
-        band = max(1, chunk_size // full_width)
-        together = max(1, chunk_size // (full_height * full_width)) if logits.is_cuda else 1  # images
+        pixels = LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE["cpu"]) // num_classes
+        band = max(1, pixels // full_width)
+        together = max(1, pixels // (full_height * full_width)) if logits.is_cuda else 1  # images
         rows = Lerp.between(height, full_height, logits)
         columns = Widening(width, full_width, logits)
         with_grad = ctx.needs_input_grad[0]
@@ -235,7 +230,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None, None, None
+        return gradient * grads[0], None, None, None
 
 
 def _add_lerp_adjoint_(target_bChw: Tensor, error_bCrw: Tensor, rows: Lerp) -> None:
@@ -250,7 +245,5 @@ def _add_lerp_adjoint_(target_bChw: Tensor, error_bCrw: Tensor, rows: Lerp) -> N
 
 def _summed_with_world(total: Tensor, all_reduce: AllReduce | None) -> tuple[Tensor, Tensor]:
     """The sum of a 0-d tensor over ranks, and the number of ranks, in one collective."""
-    both = torch.stack([total, torch.ones_like(total)])
-    if all_reduce is not None:
-        both = all_reduce(both, "sum")
+    both = reduced(torch.stack([total, torch.ones_like(total)]), all_reduce)
     return both[0], both[1]

@@ -11,22 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from protoseg.core import editing
-from protoseg.core.clustering import (
-    AllReduce,
-    assign,
-    auto_momentum,
-    divided,
-    log_prior,
-    momentum_update,
-    sinkhorn,
-    start_prototypes,
-)
+from protoseg.core.clustering import assign, divided, sinkhorn
 from protoseg.core.health import Health, dead_prototypes, health
 from protoseg.core.losses import loss_scale, ppc_loss, ppd_loss
 from protoseg.core.pixel_scores import log_sum_exp, prototype_scores
+from protoseg.core.prior import log_prior
+from protoseg.core.ranks import AllReduce
 from protoseg.core.settings import PrototypeSettings
-from protoseg.core.similarity import class_scores, unit, unit_rows
-from protoseg.core.update import TrainingOutput, step_sums
+from protoseg.core.similarity import at_least_single, class_scores, unit, unit_rows
+from protoseg.core.start import start_prototypes
+from protoseg.core.update import TrainingOutput, auto_momentum, momentum_update, step_sums
 
 NOT_LIVE = -1e4  # logit of a class without prototypes; finite, since upsampling would turn −inf into NaN
 RECENT = 0.99  # decay per update of the counters that `health` reads
@@ -335,5 +329,5 @@ class PrototypeHead(nn.Module):
         # In half precision a momentum of 0.99 would be rounded away.
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                setattr(self, name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)))
+                setattr(self, name, at_least_single(buffer))
         return self

@@ -1,4 +1,4 @@
-"""What a step says to the prototypes: which pixels move which of them, and how often each was met.
+"""What moves prototypes: which pixels of a step move which of them, and how far.
 
 B images, C classes, K prototypes per class, D channels, (h, w) pixels, N = B·h·w pixels.
 """
@@ -10,7 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from protoseg.core.clustering import AllReduce, cluster_counts, cluster_sums
+from protoseg.core.clustering import cluster_counts, cluster_sums
+from protoseg.core.ranks import AllReduce, reduced
+from protoseg.core.similarity import MIN_NORM, at_least_single
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,7 @@ def step_sums(
     moving_N = assigned_N
     if update_pixels == "correct":
         some_right_C1 = cluster_counts(labels_N, torch.where(right_N, 0, -1), num_classes, 1, emb_ND.dtype)
-        some_right_C = some_right_C1[:, 0]
-        if all_reduce is not None:
-            some_right_C = all_reduce(some_right_C, "sum")
+        some_right_C = reduced(some_right_C1[:, 0], all_reduce)
         moving_N = torch.where(right_N | (some_right_C[labels_N.clamp(min=0)] == 0), assigned_N, -1)
     alike_N = torch.where(assigned_N == nearest_N, assigned_N, -1)
     each_4N = torch.stack([moving_N, assigned_N, nearest_N, alike_N])
@@ -69,3 +69,21 @@ def step_sums(
     every = all_reduce(torch.cat([total.flatten() for total in totals]), "sum")
     parts = every.split([total.numel() for total in totals])
     return tuple(part.view_as(total) for part, total in zip(parts, totals))
+
+
+def momentum_update(protos_CKD: Tensor, means_CKD: Tensor, counts_CK: Tensor, momentum: float) -> Tensor:
+    """p ← l2norm(μ·p + (1−μ)·l2norm(mean)) where a prototype has pixels, p itself elsewhere.
+
+    A mean, or a result, shorter than 1e-6 has no direction: p stays, bit for bit. Returns (C, K, D).
+    """
+    protos_CKD, means_CKD = at_least_single(protos_CKD), at_least_single(means_CKD)
+    norm_CK1 = means_CKD.norm(dim=-1, keepdim=True)
+    moved_CKD = momentum * protos_CKD + (1 - momentum) * means_CKD / norm_CK1.clamp(min=MIN_NORM)
+    length_CK1 = moved_CKD.norm(dim=-1, keepdim=True)
+    moves_CK1 = (counts_CK[..., None] > 0) & (norm_CK1 >= MIN_NORM) & (length_CK1 >= MIN_NORM)
+    return torch.where(moves_CK1, moved_CKD / length_CK1.clamp(min=MIN_NORM), protos_CKD)
+
+
+def auto_momentum(iterations: int) -> float:
+    """μ for a run of so many steps: ten time constants, but not below 0.99 or above 0.999, the paper's."""
+    return min(0.999, max(0.99, 1 - 10 / max(iterations, 1)))

@@ -21,7 +21,7 @@ from protoseg.runtime.errors import UserError
 
 CLASSES = (*(str(digit) for digit in range(10)), "background")  # class id = the digit; background = 10
 BACKGROUND = 10
-IGNORE = 255
+IGNORE_INDEX = 255
 PALETTE = hex_colours("e6194b 3cb44b ffe119 0082c8 f58230 911eb4 46f0f0 f032e6 d2f53c fabebe 000000")
 LENGTHS = {"train": 4096, "val": 256}
 CELL = 36  # one digit at most per square of this side, pixels
@@ -85,7 +85,7 @@ class Digits:
     arguments.
     """
 
-    ignore_index = IGNORE
+    ignore_index = IGNORE_INDEX
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Digits:
             alpha = cover[..., None].astype(np.int32)
             image[window] = (image[window] * (255 - alpha) + colour * alpha + 127) // 255
             part = label[window]
-            part[cover > _OUTSIDE] = IGNORE
+            part[cover > _OUTSIDE] = IGNORE_INDEX
             part[cover > _INSIDE] = digits[which]
         return rearrange(torch.from_numpy(image), "h w c -> c h w").contiguous(), torch.from_numpy(label)
 

@@ -18,7 +18,7 @@ _RGB = np.linalg.inv(_YIQ)
 
 
 class TrainTransform:
-    """Random scale, crop, flip and photometric distortion (method.md section 4, "Augmentation").
+    """Random scale, crop, flip and photometric distortion.
 
     image (3, H, W) uint8 and label (H, W) → image (3, *crop) uint8 and label (*crop) of the dtype it came in.
     A scaled image smaller than the crop is padded at the right and bottom, the image with the colour `fill`,

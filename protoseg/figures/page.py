@@ -15,7 +15,7 @@ from PIL import Image
 
 from protoseg.data.classes.palette import default_palette
 from protoseg.data.tree import LabelTree
-from protoseg.figures.pictures import Palette, outlined, resized, shades
+from protoseg.figures.pictures import Colours, outlined, resized, shades
 from protoseg.figures.prototype_figures import prototypes_in_use
 from protoseg.figures.survey import Patch, Sample, Survey, similarity_maps
 
@@ -40,7 +40,7 @@ def explorer_page(
     title: str,
     about: str,
     classes: Sequence[str],
-    palette: Palette,
+    palette: Colours,
     protos_CKD: NDArray,
     live_C: NDArray[np.bool_],
     survey: Survey,

@@ -19,7 +19,7 @@ from protoseg.core.losses import nearest_cells
 from protoseg.data.classes.palette import IGNORED_COLOUR
 from protoseg.runtime.files import whole_file
 
-Palette = Sequence[tuple[int, int, int]]
+Colours = Sequence[tuple[int, int, int]]
 RIGHT, WRONG = (222, 226, 230), (200, 30, 60)
 # Where two models differ: told apart by every eye and in grey.
 ONLY_FIRST, ONLY_SECOND, BOTH_WRONG = (0, 114, 178), (240, 170, 20), (90, 90, 90)
@@ -43,7 +43,7 @@ def difference_map(label: NDArray, first: NDArray, second: NDArray, ignore_index
     return picture
 
 
-def shades(palette: Palette, num_prototypes: int) -> NDArray[np.uint8]:
+def shades(palette: Colours, num_prototypes: int) -> NDArray[np.uint8]:
     """(C, K, 3): each prototype its own shade of the class's colour, from dark to light.
 
     Dark colours have more room upwards, light ones downwards: no two shades are the same.
@@ -83,7 +83,7 @@ def class_legend(
     figure: Figure,
     shown: Sequence[int],
     classes: Sequence[str],
-    palette: Palette,
+    palette: Colours,
     more: Sequence[Any] = (),
     left: bool = False,
 ) -> None:

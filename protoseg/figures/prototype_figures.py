@@ -13,7 +13,7 @@ from protoseg.data.tree import LabelTree
 from protoseg.figures.pictures import (
     DPI,
     HEAT,
-    Palette,
+    Colours,
     bare,
     class_legend,
     plain_axes,
@@ -50,7 +50,7 @@ def project(emb_ND: NDArray, protos_MD: NDArray, seed: int = 0) -> dict[str, tup
 def embedding_figure(
     columns: Sequence[tuple[str, dict[str, tuple[NDArray, NDArray]], NDArray, NDArray, NDArray]],
     classes: Sequence[str],
-    palette: Palette,
+    palette: Colours,
 ) -> Figure:
     """One column per model (name, what `project` gave, label of each pixel, class of each prototype and its
     share of the class's pixels), one row per projection: pixels as dots, prototypes as diamonds, the larger
@@ -134,7 +134,7 @@ def distance_figure(
     protos_CKD: NDArray,
     live_C: NDArray[np.bool_],
     classes: Sequence[str],
-    palette: Palette,
+    palette: Colours,
 ) -> Figure:
     """Pixels (N, D) by their cosine with the nearest prototype of their own and of any other class, and per
     class the difference of the two: a pixel's signed distance from the border, negative on the wrong side.
@@ -171,7 +171,7 @@ def distance_figure(
     return figure
 
 
-def tree_figure(tree: LabelTree, palette: Palette, survey: Survey) -> Figure:
+def tree_figure(tree: LabelTree, palette: Colours, survey: Survey) -> Figure:
     """The label tree from left to right; each class with its prototypes: the nearest training pixel of each,
     and the share of the class's pixels, the largest first. Units: inches."""
     leaves, colours, count = tree.leaves(), np.array(tree.colours(palette)) / 255, survey.share_CK.shape[1]
@@ -214,7 +214,7 @@ def prototypes_in_use(share_CK: NDArray) -> NDArray:
     return np.exp(-(share_CK * logs_CK).sum(1)) * share_CK.any(1)
 
 
-def assignment_figure(share_CK: NDArray, classes: Sequence[str], palette: Palette) -> Figure:
+def assignment_figure(share_CK: NDArray, classes: Sequence[str], palette: Colours) -> Figure:
     """How each class's pixels are shared out among its prototypes, one bar per class, largest share first;
     beside it how many are in use."""
     num_classes, count = share_CK.shape

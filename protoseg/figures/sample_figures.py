@@ -20,7 +20,7 @@ from protoseg.figures.pictures import (
     ONLY_FIRST,
     ONLY_SECOND,
     RIGHT,
-    Palette,
+    Colours,
     bare,
     class_legend,
     difference_map,
@@ -38,7 +38,7 @@ def sample_figure(
     label: NDArray,
     prediction: NDArray,
     classes: Sequence[str],
-    palette: Palette,
+    palette: Colours,
     ignore_index: int,
     tree: LabelTree | None = None,
 ) -> Figure:
@@ -150,7 +150,7 @@ def similarity_figure(rows: Sequence[tuple[NDArray, str, NDArray, Sequence[int]]
 def which_prototype_figure(
     rows: Sequence[tuple[NDArray, NDArray, NDArray, NDArray]],
     classes: Sequence[str],
-    palette: Palette,
+    palette: Colours,
     num_prototypes: int,
     tree: LabelTree | None = None,
 ) -> Figure:
@@ -182,7 +182,7 @@ def comparison_figure(
     rows: Sequence[tuple[NDArray, NDArray, NDArray, NDArray]],
     names: tuple[str, str],
     classes: Sequence[str],
-    palette: Palette,
+    palette: Colours,
 ) -> Figure:
     """One row per (image, label, first prediction, second prediction), and where the two differ.
 

@@ -1,13 +1,13 @@
 """The model that a configuration describes."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from protoseg.config import Config
 from protoseg.core.prototypes import PrototypeHead
+from protoseg.core.ranks import AllReduce
 from protoseg.data.datasets import dataset_spec
 from protoseg.data.specs import DATASETS
 from protoseg.models.backbones import Backbone, build_backbone
@@ -19,7 +19,7 @@ from protoseg.models.segmenter import CosineClassifier, LinearClassifier, Segmen
 def build_model(
     config: Config,
     num_classes: int | None = None,
-    all_reduce: Callable[[Tensor, str], Tensor] | None = None,
+    all_reduce: AllReduce | None = None,
 ) -> Segmenter:
     """The model that a configuration describes; `num_classes` defaults to the dataset's."""
     spec = DATASETS.get(config.data.name) or dataset_spec(config.data)  # the latter says what is known

@@ -159,7 +159,7 @@ class WhitenHead(DecodeHead):
 class OfficialDecodeHead(DecodeHead):
     """HRNet's head in the code published with ProtoSeg: a 3×3 convolution with bias, BatchNorm, ReLU.
 
-    Maps are brought to the finest size with align_corners=True there, in the backbone as well (model.py).
+    Maps are brought to the finest size with align_corners=True there, in the backbone as well (official.py).
     """
 
     def __init__(self, given: Given) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protoseg.models.maps import checkpointed
 
-HEADS = (1, 2, 5, 8)
+NUM_HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)
 STRIDES = (4, 8, 16, 32)
 DIMS_SMALL, DIMS = (32, 64, 160, 256), (64, 128, 320, 512)
@@ -134,7 +134,12 @@ class MixTransformer(nn.Module):
         in_dims = (3, *dims[:-1])
         self.stages = nn.ModuleList(
             Stage(
-                in_dims[i], dims[i], i == 0, HEADS[i], REDUCTIONS[i], [next(rates) for _ in range(depths[i])]
+                in_dims[i],
+                dims[i],
+                i == 0,
+                NUM_HEADS[i],
+                REDUCTIONS[i],
+                [next(rates) for _ in range(depths[i])],
             )
             for i in range(4)
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 from protoseg.config import Config
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.data.tree import LabelTree
-from protoseg.figures.pictures import Palette, png_of, save_figure
+from protoseg.figures.pictures import Colours, png_of, save_figure
 from protoseg.figures.prototype_figures import assignment_figure, cosine_figure
 from protoseg.figures.sample_figures import sample_figure
 from protoseg.figures.training_figures import LOSSES, curves_figure, mean_of_known
@@ -85,7 +85,7 @@ class RunLog:
         folder: Path,
         first_step: int,
         classes: Sequence[str],
-        palette: Palette,
+        palette: Colours,
         track: Sequence[str] = ("tensorboard",),
         tree: LabelTree | None = None,
     ) -> None:

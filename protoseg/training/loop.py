@@ -33,7 +33,7 @@ from protoseg.runtime.memory import peak_memory_gb
 from protoseg.runtime.signals import Interrupted, StopSignals
 from protoseg.training.feature_cache import FeatureCache, cache_folder
 from protoseg.training.log import Meter, RunLog, health_line, progress_line, run_facts
-from protoseg.training.resume import checkpoint_to_resume, require_same_config, restore, save, weights
+from protoseg.training.resume import checkpoint_to_resume, model_content, require_same_config, restore, save
 from protoseg.training.step import Run, build_run, train_step
 from protoseg.weights.foreign_backbone import load_backbone_weights
 
@@ -260,7 +260,7 @@ def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Sc
         print(f"note: no mIoU and no best.pt at step {run.step}: {split} has no labelled pixel", flush=True)
     elif scores.miou > run.best:
         run.best, best = scores.miou, ", the best so far"
-        save_checkpoint(out / "best.pt", weights(run))
+        save_checkpoint(out / "best.pt", model_content(run))
     log.line("eval", run.step, evaluation_line(run, scores))
     log.curves()
     print(f"step {run.step}: {split} mIoU {scores.miou:.4f}{best}", flush=True)

@@ -4,7 +4,6 @@ B images, (H, W) label resolution, (h, w) embedding resolution, P pixels drawn f
 T triplets.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from protoseg.config import LossConfig
 from protoseg.core.contrast import PixelContrast
 from protoseg.core.losses import loss_scale, upsampled_cross_entropy
+from protoseg.core.ranks import AllReduce
+from protoseg.core.similarity import at_least_single
 from protoseg.core.tree_losses import TreeTables, node_log_odds, tree_min_cross_entropy, tree_triplet_loss
 from protoseg.core.update import TrainingOutput
 from protoseg.models.segmenter import Segmenter
@@ -124,7 +125,7 @@ class Objective(nn.Module):
             label_N = labels.nodes.flatten()
             if self.weights["tree"]:
                 logits_CN = pixel_rows(logits, labels.drawn).t().contiguous()
-                logits_CN = logits_CN.to(torch.promote_types(logits.dtype, torch.float32))
+                logits_CN = at_least_single(logits_CN)
                 log_odds_VN = node_log_odds(logits_CN, self.tree)
                 assert scales.nodes is not None
                 scale = scales.nodes.to(log_odds_VN.dtype)
@@ -148,9 +149,7 @@ class Objective(nn.Module):
             scale=scales.full,
         )
 
-    def loss_scales(
-        self, labels: list[Labels], all_reduce: Callable[[Tensor, str], Tensor] | None = None
-    ) -> LossScales:
+    def loss_scales(self, labels: list[Labels], all_reduce: AllReduce | None = None) -> LossScales:
         """The scales of one optimiser step from the labels of all its micro-batches."""
         full, small = ([getattr(each, name) for each in labels] for name in ("full", "small"))
         nodes = [each.nodes for each in labels if each.nodes is not None]

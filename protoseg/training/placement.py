@@ -11,9 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from protoseg.core.clustering import cluster_means, momentum_update, start_prototypes
+from protoseg.core.clustering import cluster_means
 from protoseg.core.losses import downsample_labels
 from protoseg.core.similarity import own_similarities, unit
+from protoseg.core.start import start_prototypes
+from protoseg.core.update import momentum_update
 from protoseg.data.file_dataset import Dataset
 from protoseg.models.decode_heads import WhitenHead
 from protoseg.models.maps import concatenate
@@ -43,7 +45,8 @@ class Moments:
     def add_(self, rows_ND: Tensor, labels_N: Tensor) -> None:
         """Labels in 0 … C − 1."""
         self.counts_C += torch.bincount(labels_N, minlength=len(self.counts_C))
-        self.sums_CD.index_add_(0, labels_N, rows_ND.double())
+        rows_ND = rows_ND.double()
+        self.sums_CD.index_add_(0, labels_N, rows_ND)
         self.squares_DD += rows_ND.T @ rows_ND
 
     def centre_and_whitening(self, shrinkage: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ OPERATIONAL = (
 )
 
 
-def weights(run: Run) -> dict[str, Any]:
+def model_content(run: Run) -> dict[str, Any]:
     """What prediction needs."""
     return segmenter_content(run.model, run.config, run.classes, run.palette, run.step)
 
@@ -50,7 +50,7 @@ def save(run: Run, out: Path) -> None:
         }
         if run.contrast is not None:
             rest["contrast"] = run.contrast.state_dict()
-        save_checkpoint(out / "last.pt", weights(run) | rest)
+        save_checkpoint(out / "last.pt", model_content(run) | rest)
 
 
 def restore(run: Run, content: dict[str, Any], path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Weights of other programs."""
+"""Weights of other programs in, ours out."""

@@ -13,10 +13,12 @@ from helpers import (
 )
 
 from protoseg.core import clustering
-from protoseg.core.clustering import assign, cluster_means, momentum_update, sinkhorn, start_prototypes
+from protoseg.core.clustering import assign, cluster_means, sinkhorn
 from protoseg.core.health import dead_prototypes, health
 from protoseg.core.pixel_scores import log_sum_exp, prototype_scores
 from protoseg.core.similarity import class_scores, own_similarities, unit
+from protoseg.core.start import start_prototypes
+from protoseg.core.update import momentum_update
 
 
 @pytest.mark.parametrize("sizes", SIZES)

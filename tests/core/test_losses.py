@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close_report, peak_bytes, run_ranks
 
+from protoseg.core import losses
 from protoseg.core.losses import (
     Lerp,
     Widening,
@@ -35,16 +36,21 @@ def inputs(b, c, h, w, full_h, full_w, dtype=torch.double):
     return logits, labels
 
 
+def pixels_at_once(monkeypatch, pixels, classes):
+    """As many at full resolution, instead of what a cache holds."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", dict.fromkeys(("cpu", "cuda"), pixels * classes))
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("chunk_size", [None, 1, 50])
+@pytest.mark.parametrize("pixels", [None, 1, 50])  # at full resolution at a time
 @pytest.mark.usefixtures("as_on_gpu")
-def test_upsampled_cross_entropy_is_interpolate_and_cross_entropy(sizes, weighted, chunk_size):
+def test_upsampled_cross_entropy_is_interpolate_and_cross_entropy(sizes, weighted, pixels, monkeypatch):
+    if pixels is not None:
+        pixels_at_once(monkeypatch, pixels, classes=sizes[1])
     logits, labels = inputs(*sizes)
     weights = torch.linspace(0.5, 2, sizes[1], dtype=torch.double) if weighted else None
-    got = upsampled_cross_entropy(
-        logits, labels, ignore_index=255, class_weights=weights, chunk_size=chunk_size
-    )
+    got = upsampled_cross_entropy(logits, labels, ignore_index=255, class_weights=weights)
     full = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
     expected = F.cross_entropy(full, labels, weights, ignore_index=255)
     assert_close_report(got, expected, "loss", atol=1e-12)
@@ -53,18 +59,16 @@ def test_upsampled_cross_entropy_is_interpolate_and_cross_entropy(sizes, weighte
     assert_close_report(got_grad, expected_grad, "gradient", atol=1e-12)
 
 
-def test_upsampled_cross_entropy_gradcheck():
+def test_upsampled_cross_entropy_gradcheck(monkeypatch):
+    pixels_at_once(monkeypatch, 20, classes=3)
     logits, labels = inputs(1, 3, 3, 4, 7, 9)
-    assert torch.autograd.gradcheck(
-        lambda x: upsampled_cross_entropy(x, labels, ignore_index=255, chunk_size=20), logits
-    )
+    assert torch.autograd.gradcheck(lambda x: upsampled_cross_entropy(x, labels, ignore_index=255), logits)
 
 
-def test_upsampled_cross_entropy_holds_no_full_resolution_tensor():
+def test_upsampled_cross_entropy_holds_no_full_resolution_tensor(monkeypatch):
+    pixels_at_once(monkeypatch, 1024, classes=20)
     logits, labels = inputs(2, 20, 16, 16, 128, 128, torch.float32)
-    peak = peak_bytes(
-        lambda: upsampled_cross_entropy(logits, labels, ignore_index=255, chunk_size=1024).backward()
-    )
+    peak = peak_bytes(lambda: upsampled_cross_entropy(logits, labels, ignore_index=255).backward())
     assert 0 < peak < 2 * 20 * 128 * 128 * 4 / 2
 
 
@@ -81,11 +85,12 @@ def test_nothing_labelled_gives_zero_with_a_graph_and_autocast_is_promoted(label
     assert logits.grad.any() == (labels_value != 255)
 
 
-def test_upsampled_cross_entropy_compiles_in_one_graph():
+def test_upsampled_cross_entropy_compiles_in_one_graph(monkeypatch):
+    pixels_at_once(monkeypatch, 30, classes=3)
     logits, labels = inputs(1, 3, 4, 4, 9, 7, torch.float32)
 
     def function(x, y):
-        return upsampled_cross_entropy(x, y, ignore_index=255, chunk_size=30)
+        return upsampled_cross_entropy(x, y, ignore_index=255)
 
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(logits, labels)
     assert_close_report(got, function(logits, labels), "loss")

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from helpers import assert_close_report
 
 from protoseg.core import reference
-from protoseg.core.clustering import auto_momentum
 from protoseg.core.prototypes import PrototypeHead
+from protoseg.core.update import auto_momentum
 
 
 @pytest.mark.parametrize("sizes", [(6, 4, 3), (5, 1, 2), (8, 7, 1), (3, 12, 10)])  # D C K

@@ -7,7 +7,7 @@ import torch
 from protoseg.config import DataConfig
 from protoseg.data import digits
 from protoseg.data.datasets import build_dataset, dataset_spec
-from protoseg.data.digits import BACKGROUND, IGNORE, Digits
+from protoseg.data.digits import BACKGROUND, IGNORE_INDEX, Digits
 from protoseg.runtime.errors import UserError
 
 
@@ -34,8 +34,8 @@ def test_scene_has_the_promised_shapes_and_ids(size):
     assert label.shape == size
     assert image.dtype == label.dtype == torch.uint8
     found = set(label.unique().tolist())
-    assert found <= {*range(10), BACKGROUND, IGNORE}
-    assert {BACKGROUND, IGNORE} < found  # and at least one digit
+    assert found <= {*range(10), BACKGROUND, IGNORE_INDEX}
+    assert {BACKGROUND, IGNORE_INDEX} < found  # and at least one digit
 
 
 def test_every_class_is_common_and_digits_are_bright():
@@ -45,7 +45,7 @@ def test_every_class_is_common_and_digits_are_bright():
     images = torch.stack([image for image, _ in read]).float().amax(1)  # value of HSV
     share = torch.bincount(labels.flatten(), minlength=256) / labels.numel()
     assert (share[:10] > 0.01).all()
-    assert 0.01 < share[IGNORE] < 0.12
+    assert 0.01 < share[IGNORE_INDEX] < 0.12
     assert images[labels < 10].mean() > images[labels == BACKGROUND].mean() + 100
 
 
@@ -63,8 +63,8 @@ def test_rim_lies_between_digit_and_background():
     _, label = Digits("train", length=5).read(0)
     digit, ground = label < 10, label == BACKGROUND
     right = (digit[:, :-1] & ground[:, 1:]).sum() + (ground[:, :-1] & digit[:, 1:]).sum()
-    edges = (digit[:, :-1] & (label[:, 1:] == IGNORE)).sum() + (
-        (label[:, :-1] == IGNORE) & digit[:, 1:]
+    edges = (digit[:, :-1] & (label[:, 1:] == IGNORE_INDEX)).sum() + (
+        (label[:, :-1] == IGNORE_INDEX) & digit[:, 1:]
     ).sum()
     assert edges > 5 * right
 
@@ -82,10 +82,10 @@ def test_some_digits_alone_with_ids_in_the_order_given():
     chosen = ("background", "7", "3")
     scenes = Digits("train", classes=chosen, length=6)
     labels = torch.stack([scenes.read(i)[1] for i in range(6)])
-    assert set(labels.unique().tolist()) == {0, 1, 2, IGNORE}
+    assert set(labels.unique().tolist()) == {0, 1, 2, IGNORE_INDEX}
     assert scenes.palette == tuple(digits.PALETTE[i] for i in (10, 7, 3))
     swapped = Digits("train", classes=("background", "3", "7"), length=6)
-    expected = torch.tensor([0, 2, 1, *[IGNORE] * 253], dtype=torch.uint8)[labels.long()]
+    expected = torch.tensor([0, 2, 1, *[IGNORE_INDEX] * 253], dtype=torch.uint8)[labels.long()]
     assert torch.equal(torch.stack([swapped.read(i)[1] for i in range(6)]), expected)
     spec = dataset_spec(DataConfig(name="digits", classes=chosen))
     assert (spec.classes, spec.colours) == (chosen, scenes.palette)

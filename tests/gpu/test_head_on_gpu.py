@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_close_report, brute_scores, brute_sinkhorn, brute_update, unit_vectors
 from torch import Tensor
 
-from protoseg.core import clustering, similarity
+from protoseg.core import clustering, losses, similarity
 from protoseg.core.clustering import assign, sinkhorn
 from protoseg.core.contrast import PixelContrast
 from protoseg.core.losses import upsampled_cross_entropy
@@ -198,7 +198,10 @@ def test_large_step_against_the_cpu(device: torch.device, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_upsampled_cross_entropy(device: torch.device, dtype: torch.dtype, weighted: bool) -> None:
+def test_upsampled_cross_entropy(
+    device: torch.device, dtype: torch.dtype, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", dict.fromkeys(("cpu", "cuda"), 100 * CLASSES))
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(2, CLASSES, 6, 9, generator=generator).to(dtype)
     labels = torch.randint(0, CLASSES, (2, 23, 37), generator=generator)
@@ -210,7 +213,6 @@ def test_upsampled_cross_entropy(device: torch.device, dtype: torch.dtype, weigh
         labels.to(device),
         ignore_index=255,
         class_weights=None if weights is None else weights.to(device),
-        chunk_size=100,
     )
     loss.backward()
     exact = leaf(logits, torch.device("cpu"), torch.float64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from protoseg.config import config_from
 from protoseg.data.loader import Batch
 from protoseg.evaluation.inference import segment_together
-from protoseg.models.mit import HEADS, MIT
+from protoseg.models.mit import MIT, NUM_HEADS
 from protoseg.runtime.memory import peak_memory_gb
 from protoseg.training.step import Run, build_run, train_step
 
@@ -143,7 +143,7 @@ def hugging_face() -> Callable[[Case], Program]:
         config = SegformerConfig(
             hidden_sizes=list(dims),
             depths=list(depths),
-            num_attention_heads=list(HEADS),
+            num_attention_heads=list(NUM_HEADS),
             decoder_hidden_size=case.dim,
             drop_path_rate=DROP_PATH,
             **options,
@@ -176,7 +176,7 @@ def mmsegmentation() -> Callable[[Case], Program]:
         backbone = MixVisionTransformer(
             embed_dims=dims[0],
             num_layers=list(depths),
-            num_heads=list(HEADS),
+            num_heads=list(NUM_HEADS),
             qkv_bias=True,
             drop_path_rate=DROP_PATH,
         )
