@@ -19,7 +19,7 @@ from protoseg.data.file_dataset import Dataset, DatasetView
 from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
 from protoseg.runtime.errors import UserError
-from protoseg.runtime.files import whole_file
+from protoseg.runtime.files import make_folder, whole_file
 
 DEFAULT_FOLDER = Path("runs/features")
 
@@ -52,12 +52,15 @@ class FeatureCache(DatasetView):
         return [torch.stack(each).to(device, non_blocking=True) for each in zip(*read)]
 
     def fill(self, model: Segmenter, config: Config, device: torch.device) -> int:
-        """Compute what is missing, every rank its share; returns how many images that were.
+        """Compute what is missing, every rank its share; returns how many images that were on all ranks.
 
-        Errors: UserError where the maps would take more than data.cache_gb, or more than the disk has.
+        It waits for the other ranks: then everything is there. Errors: UserError where the maps would take
+        more than data.cache_gb, or more than the disk has.
         """
+        # By the image's number: ranks look at different times, and may find different files missing.
         missing = [i for i, file in enumerate(self.files) if not file.is_file()]
-        for i in missing[distributed.rank() :: distributed.world_size()]:
+        mine = [i for i in missing if i % distributed.world_size() == distributed.rank()]
+        for i in mine:
             image, _ = self.dataset.read(i)
             if self.size is not None:
                 if image.shape[1] > self.size[0] or image.shape[2] > self.size[1]:
@@ -68,15 +71,15 @@ class FeatureCache(DatasetView):
                 image = torch.stack([padded(x, self.size, c) for x, c in zip(image, model.mean_colour)])
             with torch.inference_mode(), autocast(config, device):
                 maps = [x[0].half().cpu() for x in model.maps(image[None].to(device))]
-            if i == missing[0]:
+            if i == mine[0]:
                 self.require_room(sum(x.nbytes for x in maps), len(missing), config.data.cache_gb)
             with whole_file(self.files[i]) as part:
                 torch.save([x.clone() for x in maps], part)
-        return len(missing)
+        return int(distributed.all_reduce(torch.tensor(len(mine), device=device)))
 
     def require_room(self, size: int, count: int, most_gb: float) -> None:
         folder = self.files[0].parent
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         total, free = size * len(self), shutil.disk_usage(folder).free
         if total > most_gb * 1e9:
             raise UserError(

@@ -103,7 +103,6 @@ def keep_features(run: Run, train_set: Dataset, val_set: Dataset) -> tuple[Datas
     count = sum(
         each.fill(run.model, run.config, run.device) for each in (run.train_features, run.val_features)
     )
-    distributed.barrier()
     run.seconds += time.perf_counter() - started
     if distributed.is_main():
         print(f"{folder}: features of {count} images computed in {clock(time.perf_counter() - started)}")

@@ -14,6 +14,7 @@ from protoseg.commands.cli import execute as command
 from protoseg.config import config_from
 from protoseg.data.datasets import open_dataset
 from protoseg.models.build import build_model
+from protoseg.runtime.errors import UserError
 from protoseg.training import feature_cache
 from protoseg.training.feature_cache import FeatureCache, cache_folder
 from protoseg.training.loop import train
@@ -110,6 +111,37 @@ def test_other_weights_and_other_images_get_other_files(root: Path, tmp_path: Pa
     file.write_bytes(file.read_bytes() + b"\0")
     after = FeatureCache(dataset, tmp_path, (64, 64)).files
     assert len(set(before) & set(after)) == len(SIZES) - 1
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """One of two ranks, the other having done nothing."""
+    for name, value in (("rank", lambda: number), ("world_size", lambda: 2), ("all_reduce", lambda x: x)):
+        monkeypatch.setattr(feature_cache.distributed, name, value)
+
+
+def test_ranks_that_look_at_different_times_leave_no_image_out(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, device = config_from(frozen(root), "t"), torch.device("cpu")
+    model, dataset = build_model(config).eval(), open_dataset(config, "train")
+    cache = FeatureCache(dataset, tmp_path / "kept", None)
+    as_rank(monkeypatch, 0)
+    assert cache.fill(model, config, device) == 2
+    as_rank(monkeypatch, 1)
+    assert cache.fill(model, config, device) == 1
+    assert all(file.is_file() for file in cache.files)
+    usage = feature_cache.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="the maps of 3 images need"):
+        FeatureCache(dataset, tmp_path / "other", None).fill(model, config, device)
+
+
+def test_a_folder_that_cannot_be_made_is_said(root: Path, tmp_path: Path) -> None:
+    config = config_from(frozen(root), "t")
+    model, dataset = build_model(config).eval(), open_dataset(config, "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/kept: no folder can be made there \(.*\); choose another"):
+        FeatureCache(dataset, tmp_path / "file/kept", None).fill(model, config, torch.device("cpu"))
 
 
 def test_an_interrupted_fill_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
