@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,8 @@ from protoseg.commands.parser import parser_of
 from protoseg.config import merge_into_trained
 from protoseg.data.datasets import model_tree, open_dataset
 from protoseg.data.file_dataset import in_short, with_classes
-from protoseg.data.loader import EvalLoader
-from protoseg.evaluation.inference import segment
 from protoseg.evaluation.level_scores import ConsistencyCount
-from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate
+from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate_segmenter
 from protoseg.evaluation.tables import (
     RunScores,
     print_comparison,
@@ -24,9 +21,7 @@ from protoseg.evaluation.tables import (
 from protoseg.figures.pictures import save_figure
 from protoseg.figures.score_figures import confusion_figure, reliability_figure
 from protoseg.models.checkpoint import load_segmenter
-from protoseg.models.segmenter import autocast
 from protoseg.runtime import distributed
-from protoseg.runtime.console import with_bar
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json
 
@@ -48,23 +43,17 @@ def score_run(path: Path, overrides: list[str], split: str | None, args: argpars
         print(f"note: {path} has no class {in_short(ignored)}: these labels are ignored", flush=True)
     tree = model_tree(config.data, dataset.classes)
     count = None if tree is None else ConsistencyCount(tree, device)
-    model = model.to(device)
-    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    with (
-        closing(EvalLoader(dataset, workers=config.data.workers, **ranks)) as loader,
-        autocast(config, device),
-    ):
-        scores = evaluate(
-            lambda image, size: segment(
-                model, image, size, protocol, confidence=True, on_band=None if count is None else count.add
-            ),
-            with_bar(loader, str(path), len(loader), shown=distributed.is_main()),
-            dataset.classes,
-            dataset.ignore_index,
-            device,
-            boundary_ratio=args.boundary,
-            tree=tree,
-        )
+    scores = evaluate_segmenter(
+        model.to(device),
+        config,
+        dataset,
+        device,
+        protocol,
+        title=str(path),
+        boundary_ratio=args.boundary,
+        tree=tree,
+        on_band=None if count is None else count.add,
+    )
     unlabelled = tuple(i for i, name in enumerate(dataset.classes) if name not in given.classes)
     consistency = None if count is None else distributed.all_reduce(count.counts).cpu()
     scores = replace(scores, unlabelled=unlabelled, consistency=consistency)

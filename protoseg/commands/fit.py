@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,10 +9,9 @@ import yaml
 
 from protoseg.commands.parser import parser_of
 from protoseg.config import Config, load_config, to_plain
-from protoseg.data.datasets import data_tree, open_dataset
-from protoseg.data.loader import EvalLoader
-from protoseg.evaluation.inference import segment
-from protoseg.evaluation.scores import evaluate
+from protoseg.data.datasets import data_tree, measured, open_dataset
+from protoseg.evaluation.inference import InferenceSettings
+from protoseg.evaluation.scores import evaluate_segmenter
 from protoseg.evaluation.tables import print_scores
 from protoseg.models.build import build_model
 from protoseg.models.checkpoint import save_segmenter
@@ -38,6 +36,7 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
             " trained; fit needs decode_head.name: whiten and classifier: prototypes"
         )
     checkpoint_to_resume(out, None)
+    config = measured(config)
     train_set, val_set = (
         open_dataset(config, split) for split in (config.data.train_split, config.data.val_split)
     )
@@ -58,15 +57,15 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
     seconds = time.perf_counter() - started
     save_segmenter(out / "last.pt", model, config, train_set.classes, train_set.palette)
     write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
-    with closing(EvalLoader(val_set, workers=config.data.workers)) as loader:
-        scores = evaluate(
-            lambda image, size: segment(model, image, size),
-            loader,
-            train_set.classes,
-            model.ignore_index,
-            device,
-            tree=data_tree(config.data, train_set.classes),
-        )
+    scores = evaluate_segmenter(
+        model,
+        config,
+        val_set,
+        device,
+        InferenceSettings(config.eval.window),
+        title=config.data.val_split,
+        tree=data_tree(config.data, train_set.classes),
+    )
     assert model.prototypes is not None
     results = {
         **scores.to_plain(),

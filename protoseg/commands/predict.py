@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     sources = find_sources(args.inputs, args.out)
     model, config, content = load_segmenter(args.run)
     given = {"page": args.page, "bands": args.bands, "value_range": args.value_range}
-    config = merge_into_trained(config, [f"data.{key}={value}" for key, value in given.items() if value])
+    overrides = [f"data.{key}={value}" for key, value in given.items() if value is not None]
+    config = merge_into_trained(config, overrides)
     if args.prototypes and model.prototypes is None:
         raise UserError(f"--prototypes: {args.run} has a linear classifier; leave the option out")
     device = distributed.setup()

@@ -1,6 +1,7 @@
 """Scores on a labelled split: IoU, accuracy, boundary IoU and calibration, in one pass."""
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +11,15 @@ from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
 
+from protoseg.config import Config
+from protoseg.data.file_dataset import Dataset
+from protoseg.data.loader import EvalLoader
 from protoseg.data.tree import LabelTree
-from protoseg.evaluation.inference import Prediction
+from protoseg.evaluation.inference import InferenceSettings, OnBand, Prediction, segment
 from protoseg.evaluation.level_scores import level_scores
-from protoseg.runtime.distributed import all_reduce
+from protoseg.models.segmenter import Segmenter, autocast
+from protoseg.runtime.console import with_bar
+from protoseg.runtime.distributed import all_reduce, is_main, rank, world_size
 from protoseg.runtime.files import none_if_nan
 
 BINS = 15
@@ -110,7 +116,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, num_classes: int, ignor
 
 
 def evaluate(
-    segment: Callable[[Tensor, tuple[int, int]], Prediction],
+    predict: Callable[[Tensor, tuple[int, int]], Prediction],
     samples: Iterable[tuple[Tensor, Tensor, int, str]],
     classes: tuple[str, ...],
     ignore_index: int,
@@ -120,7 +126,7 @@ def evaluate(
     tree: LabelTree | None = None,
     on_sample: Callable[[str, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Scores:
-    """Score `segment(image, label size)` on samples (image, label, index, name), summed over ranks.
+    """Score `predict(image, label size)` on samples (image, label, index, name), summed over ranks.
 
     Predictions are compared at the label's own size. With `boundary_ratio`, the width of boundaries, these
     and the calibration are counted too, for which predictions need confidences. Labels that are inner nodes
@@ -133,7 +139,7 @@ def evaluate(
     bins = torch.zeros(3, BINS, dtype=torch.double, device=device)
     for image, label, _, name in samples:
         target = label.to(device).long()
-        prediction = segment(image.to(device), (label.shape[-2], label.shape[-1]))
+        prediction = predict(image.to(device), (label.shape[-2], label.shape[-1]))
         confusion += confusion_matrix(prediction.classes, target, ids, ignore_index)
         inner = (target >= len(classes)) & (target != ignore_index)
         target = target.masked_fill(inner, ignore_index)
@@ -155,6 +161,40 @@ def evaluate(
     if boundary_ratio is None:
         return scores
     return replace(scores, boundary=all_reduce(boundary).cpu(), bins=all_reduce(bins).cpu())
+
+
+def evaluate_segmenter(
+    model: Segmenter,
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    protocol: InferenceSettings,
+    *,
+    title: str,
+    boundary_ratio: float | None = None,
+    tree: LabelTree | None = None,
+    on_band: OnBand | None = None,
+) -> Scores:
+    """`evaluate` of a model on a dataset in its classes, in the precision of its training, on all ranks.
+
+    title: of the progress bar. on_band: see `most_likely`.
+    """
+    ranks = {"rank": rank(), "world_size": world_size()}
+    with (
+        closing(EvalLoader(dataset, workers=config.data.workers, **ranks)) as loader,
+        autocast(config, device),
+    ):
+        return evaluate(
+            lambda image, size: segment(
+                model, image, size, protocol, confidence=boundary_ratio is not None, on_band=on_band
+            ),
+            with_bar(loader, title, len(loader), shown=is_main()),
+            dataset.classes,
+            dataset.ignore_index,
+            device,
+            boundary_ratio=boundary_ratio,
+            tree=tree,
+        )
 
 
 def boundary_distance(height: int, width: int, ratio: float = BOUNDARY_RATIO) -> int:

@@ -37,6 +37,9 @@ def test_the_range_is_measured_once_and_used_by_all(
     assert config.data.value_range == (0, 4095)
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["value_range"] == [0, 4095]
     assert command("evaluate", [str(run)]) == 0
+    fit = ["decode_head={name: whiten, dim: 168}", "backbone.frozen=true", "--out", str(tmp_path / "fit")]
+    assert command("fit", [str(tmp_path / "c.yaml"), *fit]) == 0
+    assert load_segmenter(tmp_path / "fit")[1].data.value_range == (0, 4095)
 
     bright = data / "images/train/bright.png"  # more images later do not move the range
     Image.fromarray(np.full((40, 40), 60000, np.uint16)).save(bright)
@@ -54,6 +57,7 @@ def test_the_range_is_measured_once_and_used_by_all(
     assert np.array_equal(np.array(Image.open(tmp_path / "dark/labels/0.png")), expected)
     capsys.readouterr()
     for option, message in (
+        (["--page", "0"], "data.page"),
         (["--page", "2"], "there is no page 2, it holds 1"),
         (["--bands", "1", "2", "0"], "data.bands"),
         (["--value-range", "5", "5"], "low < high"),

@@ -24,6 +24,8 @@ def values(root: Path) -> dict[str, Any]:
         "backbone": {"name": "timm:test_efficientnet", "frozen": True},
         "decode_head": {"name": "whiten", "stride": 8},
         "prototypes": {"num_per_class": 2, "logit_scale": 40},
+        "train": {"precision": "bf16"},
+        "eval": {"window": [32, 32]},
     }
 
 
