@@ -104,8 +104,11 @@ def read_labelme(folder: Path) -> Annotations:
     found = []
     try:
         areas = ("polygon", "rectangle", "circle")
-        names = {s["label"] for c in contents.values() for s in c["shapes"] if s["shape_type"] in areas}
-        classes = sorted(map(str, names))
+        names: set[str] = set()
+        for file in contents:
+            shapes = contents[file]["shapes"]
+            names |= {str(each["label"]) for each in shapes if each["shape_type"] in areas}
+        classes = sorted(names)
         for file, content in contents.items():
             size = (content["imageHeight"], content["imageWidth"])
             shapes = []

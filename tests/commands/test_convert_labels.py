@@ -213,6 +213,10 @@ def test_mistakes_are_named(images: Path, tmp_path: Path, capsys: pytest.Capture
     assert "missing.json: cannot read this JSON file" in says(
         "coco", tmp_path / "missing.json", "--images", images
     )
+    (images / "a.json").write_text('{"shapes": [{"shape_type": "polygon"}]}')
+    assert "a.json: not labelme's form ('label'); mend or remove the file" in says("labelme", images)
+    (images / "a.json").write_text("{}")
+    assert "a.json: not labelme's form ('shapes'); mend" in says("labelme", images)
     file = coco(tmp_path, [{"category_id": 3, "segmentation": [BIG]}])
     Image.new("RGB", (9, 8)).save(images / "a.png")
     assert "a.png: 8 × 9 pixels, its annotation 20 × 30" in says("coco", file, "--images", images)
