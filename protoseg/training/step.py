@@ -144,7 +144,7 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     """
     run.parallel.train()
     micro = [to_device(part, run) for part in split(batch, run.config)]
-    start_prototypes_(run, micro)
+    start_prototypes_(run, batch.label, micro)
     labels = [known_labels(run, part) for part in micro]
     scales = run.objective.loss_scales(labels, distributed.all_reduce)
     step = torch.full((), run.step, dtype=torch.int64, device=run.device)  # torch.tensor would wait
@@ -155,7 +155,7 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
                 drawn = draw_share(run, part, run.config.loss.ppc_pixels) if run.model.prototypes else None
                 outputs.append(run.parallel(part.image, its_labels, scales, part.indices, step, drawn))
             outputs[-1].total.backward()
-    values = finite_values(run, outputs, stop)  # the one host read of the step
+    values = finite_values(run, outputs, stop)  # the one host read, where `start_prototypes_` needs none
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.schedule.step()
@@ -234,18 +234,18 @@ def split(batch: Batch, config: Config) -> list[Batch]:
     return [Batch(*part) for part in zip(*parts)]
 
 
-def start_prototypes_(run: Run, micro: list[MicroBatch]) -> None:
+def start_prototypes_(run: Run, label: Tensor, micro: list[MicroBatch]) -> None:
     """Give classes seen for the first time their prototypes, and revive dead ones every R steps.
 
-    Rare, so it may cost a forward pass of its own; all ranks decide alike.
+    Rare, so it may cost a forward pass of its own; all ranks decide alike. `label` (B, H, W) is where the
+    loader left it, in the host's memory: while a class is missing, looking for it there waits for no device.
     """
     head = run.model.prototypes
     if head is None:
         return
     every = run.config.prototypes.revive_after
     due = bool(every) and run.step > 0 and run.step % every == 0
-    small = [part.labels.small for part in micro]
-    if not due and not (run.unseen and present_classes(small, head.num_classes) & run.unseen):
+    if not due and not (run.unseen and present_classes(run, label) & run.unseen):
         return
     for part in micro:
         with torch.no_grad(), frozen_running_stats(run.model), autocast(run.config, run.device):
@@ -254,12 +254,13 @@ def start_prototypes_(run: Run, micro: list[MicroBatch]) -> None:
     run.unseen = unseen_classes(run.model)
 
 
-def present_classes(labels: list[Tensor], num_classes: int) -> set[int]:
-    """The classes that occur on any rank."""
-    present = torch.zeros(num_classes, device=labels[0].device)
-    for each in labels:
-        present[each[each < num_classes].unique()] = 1
-    return set(distributed.all_reduce(present, "max").nonzero().flatten().tolist())
+def present_classes(run: Run, label: Tensor) -> set[int]:
+    """The classes that occur at the embedding's size, on any rank: several ranks ask each other."""
+    small = downsample_labels(label, run.model.feature_size(label))
+    present = torch.bincount(small.flatten(), minlength=len(run.classes))[: len(run.classes)] > 0
+    if distributed.world_size() > 1:
+        present = distributed.all_reduce(present.float().to(run.device), "max")
+    return set(present.nonzero().flatten().tolist())
 
 
 def unseen_classes(model: Segmenter) -> set[int]:

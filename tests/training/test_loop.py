@@ -32,7 +32,7 @@ from protoseg.runtime.errors import UserError
 from protoseg.training import loop
 from protoseg.training.loop import train
 from protoseg.training.optimizer import learning_rate_factor
-from protoseg.training.step import NonFiniteLoss, build_run, train_step
+from protoseg.training.step import NonFiniteLoss, build_run, start_prototypes_, train_step
 
 DATA = {"name": "folder", "classes": CLASSES, "palette": PALETTE}
 TINY: dict[str, Any] = {
@@ -407,6 +407,16 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
         assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
     assert torch.equal(prototypes, run.model.prototypes.prototypes)
     assert run.step == 1
+
+
+def test_while_a_class_is_missing_the_labels_are_looked_at_where_the_loader_left_them() -> None:
+    run = build_run(tiny(), tuple("abcde"), ((0, 0, 0),) * 5, 4, torch.device("cpu"))
+    on_device: Any = [None]  # nothing of it can be read
+    run.unseen = {2}
+    start_prototypes_(run, torch.tensor([0, 1, 4, 255]).repeat_interleave(4).expand(2, 16, 16), on_device)
+    assert run.unseen == {2}
+    with pytest.raises(AttributeError):
+        start_prototypes_(run, torch.full((2, 16, 16), 2, dtype=torch.uint8), on_device)
 
 
 def test_linear_classifier_trains_too(tmp_path: Path) -> None:
