@@ -133,8 +133,10 @@ def refit(head: Any, batches: Iterable[tuple[Tensor, Tensor]], rounds: int = 3) 
     times (a list or loader, not a generator): once to start classes that have no prototypes, then each round
     moves every prototype to the mean of the pixels that are nearest to it; of which pixels, says
     `update_pixels`, as in training. A prototype without a pixel stays. To cluster anew, set `initialized` to
-    False first. Errors: ValueError for a generator.
+    False first. Errors: ValueError for a generator, and for less than one round.
     """
+    if rounds < 1:
+        raise ValueError(f"refit: at least 1 round, got {rounds}")
     if iter(batches) is batches:
         raise ValueError("refit: goes through the batches several times; give a list or a loader")
     for features, labels in batches:

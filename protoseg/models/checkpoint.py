@@ -121,8 +121,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
     state = {name: tensor for name, tensor in own.items() if name.endswith(CAME)} | state
     problems = [
         f"{name} is {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
+        for name in own
+        if name in state and own[name].shape != state[name].shape
     ]
     problems += [f"{name} is missing in the file" for name in own if name not in state]
     problems += [f"{name} is not part of the model" for name in state if name not in own]

@@ -160,3 +160,5 @@ def test_what_cannot_be_edited_is_named():
         head.add_class(*scene(range(4)))
     with pytest.raises(ValueError, match="several times; give a list or a loader"):
         head.refit(part for part in [scene(range(3))])
+    with pytest.raises(ValueError, match="refit: at least 1 round, got 0"):
+        head.refit([scene(range(3))], rounds=0)

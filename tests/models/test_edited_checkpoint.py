@@ -15,7 +15,8 @@ from protoseg.config import config_from
 from protoseg.data.datasets import build_dataset
 from protoseg.data.file_dataset import with_classes
 from protoseg.evaluation.scores import Scores
-from protoseg.models.checkpoint import load_segmenter, save_segmenter
+from protoseg.models.build import build_model
+from protoseg.models.checkpoint import load_segmenter, load_weights, save_segmenter
 from protoseg.runtime.errors import UserError
 
 NEW_CLASSES, NEW_PALETTE = ["car", "tree", "sky"], [*PALETTE[1:], (9, 9, 200)]
@@ -74,6 +75,14 @@ def test_another_number_of_classes_loads_too(tmp_path: Path) -> None:
     image = torch.rand(1, 3, 32, 32) * 255
     assert loaded(image).shape[1] == 4
     assert torch.equal(loaded(image), model(image))
+
+
+def test_the_first_tensor_that_differs_is_named(tmp_path: Path) -> None:
+    state = build_model(config_from(tiny_config(tmp_path), "test"), 3).state_dict()
+    model = build_model(config_from(tiny_config(tmp_path), "test"), 4)
+    name = next(name for name, own in model.state_dict().items() if own.shape != state[name].shape)
+    with pytest.raises(UserError, match=f"x.pt: .* another architecture: {name} is .* in the file"):
+        load_weights(model, dict(reversed(state.items())), Path("x.pt"))
 
 
 def test_names_and_colours_must_fit_the_model(tmp_path: Path) -> None:
