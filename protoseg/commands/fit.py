@@ -66,12 +66,11 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
         title=config.data.val_split,
         tree=data_tree(config.data, train_set.classes),
     )
-    assert model.prototypes is not None
     results = {
         **scores.to_plain(),
         "images": len(indices),
         "seconds": round(seconds, 1),
-        "prototype_health": model.prototypes.health().to_plain(),
+        "prototype_health": model.require_prototypes("fit: this model").health().to_plain(),
         **run_facts(model, config, device),
     }
     write_json(out / "results.json", results)

@@ -74,8 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     given = {"page": args.page, "bands": args.bands, "value_range": args.value_range}
     overrides = [f"data.{key}={value}" for key, value in given.items() if value is not None]
     config = merge_into_trained(config, overrides)
-    if args.prototypes and model.prototypes is None:
-        raise UserError(f"--prototypes: {args.run} has a linear classifier; leave the option out")
+    if args.prototypes:
+        model.require_prototypes(f"--prototypes: {args.run}")
     device = distributed.setup()
     label_map: LabelMap | None = None
     if args.raw_ids:

@@ -122,9 +122,7 @@ def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse
     device = distributed.setup()
     loaded = [_load(run, overrides, device) for run in runs]
     first = loaded[0]
-    head = first.model.prototypes
-    if head is None:
-        raise UserError(f"{runs[0]}: a linear classifier has no prototypes; give a prototype run first")
+    head = first.model.require_prototypes(f"the first run: {runs[0]}")
     if len({tuple(run.classes) for run in loaded}) > 1:
         raise UserError(f"{runs[1]}: trained on other classes than {runs[0]}; compare runs on the same data")
     surveyed, val = (

@@ -40,7 +40,7 @@ def add_class(head: Any, features: Tensor, labels: Tensor, share: float | None =
     emb_ND = head.unit_rows(features)
     wanted_1K = torch.ones(1, head.num_prototypes, dtype=torch.bool, device=emb_ND.device)
     fresh_1KD = _random(head, 1, head.num_prototypes)
-    protos_1KD, placed_1K = head._start(emb_ND, torch.where(mine.reshape(-1), 0, -1), fresh_1KD, wanted_1K)
+    protos_1KD, placed_1K = head.start(emb_ND, torch.where(mine.reshape(-1), 0, -1), fresh_1KD, wanted_1K)
     if not placed_1K.any():
         raise ValueError(f"add_class: no pixel is labelled as the new class {new_id}")
     if share is None:
@@ -115,9 +115,9 @@ def set_num_prototypes(
             head, protos_CKD.flatten(0, 1), labels_N, num_classes, protos_CKD[:, :num_prototypes]
         )
     if features is not None and labels is not None:
-        labels_N = head._valid_labels(features, labels, only_initialized=False)
+        labels_N = head.valid_labels(features, labels, only_initialized=False)
         wanted_CK = torch.ones_like(protos_CKD[..., 0], dtype=torch.bool)
-        protos_CKD, placed_CK = head._start(head.unit_rows(features), labels_N, protos_CKD, wanted_CK)
+        protos_CKD, placed_CK = head.start(head.unit_rows(features), labels_N, protos_CKD, wanted_CK)
         head.initialized |= placed_CK.any(1)
     head.prototypes = protos_CKD.to(head.prototypes.dtype).contiguous()
     head.agreeing.zero_()

@@ -134,7 +134,7 @@ class PrototypeHead(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             compared = self._compared(features)
-            labels_N = self._valid_labels(features, labels)
+            labels_N = self.valid_labels(features, labels)
             normalised = self.settings.score_norm == "layer_norm"
             drawn_P = None
             if drawn is not None:
@@ -201,8 +201,8 @@ class PrototypeHead(nn.Module):
             return
         with torch.autocast(features.device.type, enabled=False):
             emb_ND = self.unit_rows(features)
-            labels_N = self._valid_labels(features, labels, only_initialized=False)
-            protos_CKD, placed_CK = self._start(emb_ND, labels_N, self.prototypes, wanted_CK)
+            labels_N = self.valid_labels(features, labels, only_initialized=False)
+            protos_CKD, placed_CK = self.start(emb_ND, labels_N, self.prototypes, wanted_CK)
         self.prototypes.copy_(protos_CKD)
         self.initialized.logical_or_(placed_CK.any(1))
         # What was revived counts as used like the others until it has shown whether it is.
@@ -229,6 +229,29 @@ class PrototypeHead(nn.Module):
     def unit_rows(self, features: Tensor) -> Tensor:
         """Unit vectors (N, D) of a feature map (B, D, h, w), N = B·h·w: what prototypes are compared with."""
         return unit_rows(self._compared(features))
+
+    def valid_labels(self, features: Tensor, labels: Tensor, only_initialized: bool = True) -> Tensor:
+        """Labels (N,), −1 for pixels that take no part."""
+        expected = (features.shape[0], *features.shape[2:])
+        if labels.shape != expected:
+            raise ValueError(
+                f"PrototypeHead: labels must be {tuple(expected)} like the features, got"
+                f" {tuple(labels.shape)}; use protoseg.downsample_labels"
+            )
+        labels_N = labels.reshape(-1).long()
+        valid_N = (labels_N >= 0) & (labels_N < self.num_classes) & (labels_N != self.ignore_index)
+        labels_N = torch.where(valid_N, labels_N, -1)
+        if only_initialized:
+            labels_N = torch.where(self.initialized[labels_N.clamp(min=0)], labels_N, -1)
+        return labels_N
+
+    def start(
+        self, emb_ND: Tensor, labels_N: Tensor, protos_CKD: Tensor, wanted_CK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`start_prototypes` with this head's settings."""
+        kappa, rounds = self.settings.kappa, self.settings.sinkhorn_iterations
+        protos_CKD = protos_CKD.to(emb_ND.dtype)
+        return start_prototypes(emb_ND, labels_N, protos_CKD, wanted_CK, kappa, rounds, self.all_reduce)
 
     # Editing without a gradient step: see the functions of the same names in `editing`.
 
@@ -293,14 +316,6 @@ class PrototypeHead(nn.Module):
         kappa, rounds = self.settings.kappa, self.settings.sinkhorn_iterations
         return sinkhorn(own_NK, labels_N, self.num_classes, kappa, rounds, all_reduce=self.all_reduce)
 
-    def _start(
-        self, emb_ND: Tensor, labels_N: Tensor, protos_CKD: Tensor, wanted_CK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`start_prototypes` with this head's settings."""
-        kappa, rounds = self.settings.kappa, self.settings.sinkhorn_iterations
-        protos_CKD = protos_CKD.to(emb_ND.dtype)
-        return start_prototypes(emb_ND, labels_N, protos_CKD, wanted_CK, kappa, rounds, self.all_reduce)
-
     def _compared(self, features: Tensor) -> Tensor:
         """The map of which the pixels, at unit length, are compared with prototypes."""
         if features.ndim != 4 or features.shape[1] != self.dim:
@@ -308,21 +323,6 @@ class PrototypeHead(nn.Module):
                 f"PrototypeHead: features must be (B, {self.dim}, h, w), got {tuple(features.shape)}"
             )
         return features
-
-    def _valid_labels(self, features: Tensor, labels: Tensor, only_initialized: bool = True) -> Tensor:
-        """Labels (N,), −1 for pixels that take no part."""
-        expected = (features.shape[0], *features.shape[2:])
-        if labels.shape != expected:
-            raise ValueError(
-                f"PrototypeHead: labels must be {tuple(expected)} like the features, got"
-                f" {tuple(labels.shape)}; use protoseg.downsample_labels"
-            )
-        labels_N = labels.reshape(-1).long()
-        valid_N = (labels_N >= 0) & (labels_N < self.num_classes) & (labels_N != self.ignore_index)
-        labels_N = torch.where(valid_N, labels_N, -1)
-        if only_initialized:
-            labels_N = torch.where(self.initialized[labels_N.clamp(min=0)], labels_N, -1)
-        return labels_N
 
     def _apply(self, fn: object, recurse: bool = True) -> "PrototypeHead":
         super()._apply(fn, recurse)

@@ -157,8 +157,8 @@ def has_distances(model: Segmenter) -> bool:
 
 
 def _check_wishes(model: Segmenter, prototypes: bool, distance: bool) -> None:
-    if (prototypes or distance) and model.prototypes is None:
-        raise UserError("this model has a linear classifier and no prototypes; do not ask for their map")
+    if prototypes or distance:
+        model.require_prototypes("nearest prototypes and distances: this model")
     if distance and not has_distances(model):
         raise UserError("this model's scores are normalised over the classes; do not ask for distances")
 
@@ -339,6 +339,5 @@ def _same_size_batches(
 def _forward(model: Segmenter, images: Tensor, nearest: bool) -> tuple[Tensor, Tensor | None]:
     if not nearest:
         return model(images).float(), None
-    assert model.prototypes is not None
-    embedding = model.embed(images)
-    return model.classifier(embedding).float(), nearest_prototypes(model.prototypes, embedding)
+    head, embedding = model.require_prototypes("nearest prototypes: this model"), model.embed(images)
+    return head(embedding).float(), nearest_prototypes(head, embedding)

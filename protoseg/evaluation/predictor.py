@@ -175,9 +175,7 @@ class Predictor(ModelHubMixin):
 
         Errors: UserError for a place outside the image and for a model without prototypes.
         """
-        head = self.model.prototypes
-        if head is None:
-            raise UserError("explain: this model has a linear classifier and no prototypes to show")
+        head = self.model.require_prototypes("explain: this model")
         seen = self._as_tensor(image)
         height, width = seen.shape[-2:]
         if not (0 <= y < height and 0 <= x < width):

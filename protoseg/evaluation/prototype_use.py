@@ -29,10 +29,7 @@ def prototype_use(
     for embedding, labels in samples:
         with torch.autocast(embedding.device.type, enabled=False):
             emb_ND = head.unit_rows(embedding)
-        labels_N = labels.flatten().long()
-        known_N = (labels_N >= 0) & (labels_N < head.num_classes) & (labels_N != head.ignore_index)
-        labels_N = torch.where(known_N, labels_N, -1)
-        labels_N = torch.where(head.initialized[labels_N.clamp(min=0)], labels_N, -1)
+        labels_N = head.valid_labels(embedding, labels)
         own = own_similarities(emb_ND, head.prototypes.to(emb_ND.dtype), labels_N).max(1)
         counts_CK += cluster_counts(
             labels_N, own.indices, head.num_classes, head.num_prototypes, counts_CK.dtype

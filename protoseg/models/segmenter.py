@@ -16,6 +16,7 @@ from protoseg.config import Config
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.models.backbones import Backbone
 from protoseg.models.maps import concatenate
+from protoseg.runtime.errors import UserError
 
 
 class LinearClassifier(nn.Conv2d):
@@ -76,6 +77,14 @@ class Segmenter(nn.Module):
     def prototypes(self) -> PrototypeHead | None:
         """The prototype head, if that is the classifier."""
         return self.classifier if isinstance(self.classifier, PrototypeHead) else None
+
+    def require_prototypes(self, who: str) -> PrototypeHead:
+        """The prototype head. Errors: UserError beginning with `who`, if the classifier is a learned one."""
+        if self.prototypes is None:
+            raise UserError(
+                f"{who} has a learned classifier and no prototypes; use one with classifier: prototypes"
+            )
+        return self.prototypes
 
     def extra_repr(self) -> str:
         mean, std = (", ".join(f"{x:g}" for x in each.flatten().tolist()) for each in (self.mean, self.std))

@@ -75,8 +75,7 @@ def place_prototypes_(
     Each class's pixels are clustered by the nearest prototype, from a balanced start; the prior is that of
     all labelled pixels. Classes that the images do not show keep no prototypes.
     """
-    head, classifier = model.decode_head, model.prototypes
-    assert classifier is not None
+    head, classifier = model.decode_head, model.require_prototypes("fit: this model")
     assert isinstance(head, WhitenHead)
     moments = Moments(classifier.num_classes, head.dim)
     generator = torch.Generator().manual_seed(seed)

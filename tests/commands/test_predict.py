@@ -375,13 +375,13 @@ def test_mistakes_are_one_line(
     assert part in error[-1]
 
 
-def test_a_linear_model_has_no_prototypes(
+def test_a_learned_classifier_has_no_prototypes(
     model: tuple[Path, Segmenter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, _ = model
-    write_checkpoint(tmp_path / "last.pt", tiny_config(root / "data", classifier="linear"))
+    write_checkpoint(tmp_path / "last.pt", tiny_config(root / "data", classifier="cosine"))
     image = str(root / "data/images/val/0.png")
     arguments = [str(tmp_path / "last.pt"), image, "--out", str(tmp_path / "out")]
     assert command("predict", [*arguments, "--prototypes"]) == 2
-    assert "linear classifier" in capsys.readouterr().err
+    assert "last.pt has a learned classifier and no prototypes; use one" in capsys.readouterr().err
     assert command("predict", [*arguments, "--confidence"]) == 0

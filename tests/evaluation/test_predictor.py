@@ -118,14 +118,14 @@ def test_vis_prototypes_keeps_the_patches(run: Path, seg: Predictor) -> None:
     assert [p.cosine for p in patches] == sorted((p.cosine for p in patches), reverse=True)
 
 
-def test_a_linear_model_has_no_prototypes_to_explain(run: Path, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "linear.pt", tiny_config(run / "data", classifier="linear"))
-    seg = protoseg.load(tmp_path / "linear.pt", device="cpu")
+def test_a_learned_classifier_has_no_prototypes_to_explain(run: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "cosine.pt", tiny_config(run / "data", classifier="cosine"))
+    seg = protoseg.load(tmp_path / "cosine.pt", device="cpu")
     out = seg.predict(run / "data/images/val/1.png")
     assert out.labels.shape == (33, 47)
     assert out.prototypes is None
     assert out.distance is None
-    with pytest.raises(UserError, match=r"^explain: this model has a linear classifier"):
+    with pytest.raises(UserError, match=r"^explain: this model has a learned classifier and no proto"):
         seg.explain(run / "data/images/val/1.png", 0, 0)
 
 

@@ -387,7 +387,7 @@ def test_command_on_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = [{"step": 1, **line}, {"step": 2, **line, "mIoU": None}]  # labels that are all ignored
     (ours / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     assert command("vis_prototypes", [str(linear)]) == 2
-    assert "a linear classifier has no prototypes" in capsys.readouterr().err
+    assert "linear has a learned classifier and no prototypes" in capsys.readouterr().err
     assert command("vis_prototypes", [str(ours), str(linear), "--format", "pdf", "--samples", "2"]) == 0
     out = ours / "prototypes"
     names = {
