@@ -16,7 +16,7 @@ from protoseg.data.annotations import (
     UNLABELLED,
     Annotations,
     Overlap,
-    colour_counts,
+    image_size,
     read_coco,
     read_colours,
     read_labelme,
@@ -68,10 +68,9 @@ def main(arguments: Sequence[str]) -> None:
         found = read_yolo(args.annotations, args.images, Path(args.classes[0]) if is_file else args.classes)
     else:
         found = read_colours(args.annotations, args.images, args.colours)
-        if args.colours is None:
-            by_colour = colour_counts(sorted(args.annotations.rglob("*.png")))
+        if found.found_colours:
             print("colours found (name them in a YAML file and run again with --colours):")
-            for colour, pixels in by_colour.items():
+            for colour, pixels in found.found_colours.items():
                 print(f"  {'{:02x}{:02x}{:02x}'.format(*colour)}: {list(colour)}  # {pixels} pixels")
     pixels_of = write_dataset(found, args.out, args.split, args.overlap, args.unlabelled == BACKGROUND)
     for what, count in found.skipped.items():
@@ -135,8 +134,7 @@ def write_dataset(
 
 def _ids(read: Callable[[Overlap], NDArray[np.int64]], overlap: Overlap, image: Path) -> NDArray[np.int64]:
     ids = read(overlap)
-    with Image.open(image) as opened:
-        width, height = opened.size
+    height, width = image_size(image)
     if ids.shape != (height, width):
         raise UserError(
             f"{image}: {height} × {width} pixels, its annotation {ids.shape[0]} × {ids.shape[1]};"

@@ -6,7 +6,8 @@ A reader gives the classes and one `Annotated` per image, whose map holds class 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from protoseg.config import read_yaml
 from protoseg.data.reading.decode import IMAGE_ENDINGS
+from protoseg.data.reading.text_lists import visible_files
 from protoseg.runtime.errors import UserError
 
 UNLABELLED = -1
@@ -45,6 +47,7 @@ class Annotations:
     images: list[Annotated]
     colours: list[Colour] | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    found_colours: Mapping[Colour, int] = field(default_factory=dict)  # pixels, where no colours were given
 
 
 def later_on_top(drawn: Sequence[Drawn], size: tuple[int, int]) -> NDArray[np.int64]:
@@ -137,8 +140,7 @@ def read_yolo(folder: Path, images: Path, classes: Sequence[str] | Path) -> Anno
     found = []
     for image in _files(images, *IMAGE_ENDINGS):
         file = (folder / image.relative_to(images)).with_suffix(".txt")
-        with Image.open(image) as opened:
-            width, height = opened.size
+        height, width = image_size(image)
         shapes = []
         for n, line in enumerate(file.read_text().splitlines() if file.is_file() else (), 1):
             try:
@@ -159,10 +161,11 @@ def read_yolo(folder: Path, images: Path, classes: Sequence[str] | Path) -> Anno
 def read_colours(folder: Path, images: Path, colours: Path | None = None) -> Annotations:
     """Colour-coded masks, called like their images; `colours`: YAML, name: [red, green, blue].
 
-    Without it every colour becomes a class, named by its code, the most frequent first; their counts are
-    `colour_counts`. Errors: UserError naming file, colour and place, and above 256 colours.
+    Without it every colour becomes a class, named by its code, the most frequent first. Errors: UserError
+    naming file, colour and place, and above 256 colours.
     """
     masks = {path.relative_to(folder).with_suffix(""): path for path in _files(folder, ".png")}
+    counts: Mapping[Colour, int] = {}
     if colours is not None:
         named = read_yaml(colours)
         try:
@@ -170,7 +173,8 @@ def read_colours(folder: Path, images: Path, colours: Path | None = None) -> Ann
         except (TypeError, ValueError):
             raise UserError(f"{colours}: expected lines `name: [red, green, blue]`; mend the file") from None
     else:
-        table = {f"{r:02x}{g:02x}{b:02x}": (r, g, b) for r, g, b in colour_counts(masks.values())}
+        counts = colour_counts(masks.values())
+        table = {f"{r:02x}{g:02x}{b:02x}": (r, g, b) for r, g, b in counts}
     codes = {_code(np.array(colour)).item(): i for i, colour in enumerate(table.values())}
     found = []
     for image in _files(images, *IMAGE_ENDINGS):
@@ -178,7 +182,7 @@ def read_colours(folder: Path, images: Path, colours: Path | None = None) -> Ann
         if mask is None:
             raise UserError(f"{image}: no mask of this name in {folder}; add it or remove the image")
         found.append(Annotated(image, partial(_mask, mask, codes)))
-    return Annotations(list(table), found, list(table.values()))
+    return Annotations(list(table), found, list(table.values()), found_colours=counts)
 
 
 def colour_counts(masks: Iterable[Path]) -> dict[Colour, int]:
@@ -252,21 +256,34 @@ def _outline(shape: dict[str, Any]) -> NDArray[np.float64]:
 
 
 def _mask(path: Path, codes: dict[int, int], _: Overlap) -> NDArray[np.int64]:
-    found, inverse = np.unique(_code(_rgb(path)), return_inverse=True)
+    codes_HW = _code(_rgb(path))
+    found, inverse = np.unique(codes_HW, return_inverse=True)
     unknown = [code for code in found.tolist() if code not in codes]
     if unknown:
-        y, x = np.argwhere(_code(_rgb(path)) == unknown[0])[0]
+        y, x = np.argwhere(codes_HW == unknown[0])[0]
         colour = [unknown[0] >> 16, unknown[0] >> 8 & 255, unknown[0] & 255]
         raise UserError(f"{path}: colour {colour} at row {y}, column {x} is not in the list; add it")
-    return np.array([codes[code] for code in found.tolist()])[inverse].reshape(_rgb(path).shape[:2])
+    return np.array([codes[code] for code in found.tolist()])[inverse].reshape(codes_HW.shape)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image, without decoding it. Errors: UserError if it is none."""
+    with _opened(path) as image:
+        return image.height, image.width
 
 
 def _rgb(path: Path) -> NDArray[np.uint8]:
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot read this mask ({error}); replace it") from None
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot read this image ({error}); replace it") from None
 
 
 def _code(colours: NDArray) -> NDArray[np.int64]:
@@ -294,7 +311,7 @@ def _json(file: Path) -> Any:
 
 
 def _files(folder: Path, *endings: str) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    found = sorted(path for path in visible_files(folder) if path.suffix.lower() in endings)
     if not found:
         raise UserError(f"{folder}: no {' '.join(endings)} file in this folder; check the path")
     return found

@@ -12,6 +12,7 @@ from pycocotools import mask as coder
 
 from protoseg.commands.cli import execute
 from protoseg.config import load_config
+from protoseg.data import annotations
 from protoseg.data.annotations import later_on_top, smaller_on_top
 from protoseg.data.datasets import open_dataset
 
@@ -162,7 +163,9 @@ def test_yolo(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "--classes: YOLO's files hold numbers only" in capsys.readouterr().err
 
 
-def test_colours_given_and_found(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_colours_given_and_found(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = painted((1, "big"), (2, "small"), unlabelled=0)
     table = np.array([(0, 0, 0), (0, 128, 0), (128, 0, 1)], np.uint8)
     masks = tmp_path / "masks"
@@ -174,7 +177,16 @@ def test_colours_given_and_found(images: Path, tmp_path: Path, capsys: pytest.Ca
     assert np.array_equal(label(out), np.array([2, 1, 0])[ids])
     assert load_config(out / "data.yaml").data.palette == [(128, 0, 1), (0, 128, 0), (0, 0, 0)]
     capsys.readouterr()
+    (masks / "a.png").rename(masks / "a.PNG")
+    (masks / "._a.png").write_bytes(b"what a Mac leaves")
+    (masks / ".cache").mkdir()
+    (masks / ".cache/a.png").write_bytes(b"no mask")
+    decoded: list[Path] = []
+    monkeypatch.setattr(
+        annotations, "_rgb", lambda path, read=annotations._rgb: decoded.append(path) or read(path)
+    )
     assert convert("colours", masks, "--images", images, "--out", tmp_path / "found") == 0
+    assert decoded == [masks / "a.PNG"] * 2, "once to count colours, once for its map"
     assert "  000000: [0, 0, 0]  # 360 pixels\n  008000: [0, 128, 0]  # 204 pixels" in capsys.readouterr().out
     assert load_config(tmp_path / "found/data.yaml").data.classes == ["000000", "008000", "800001"]
     assert np.array_equal(label(tmp_path / "found"), ids)
@@ -183,7 +195,7 @@ def test_colours_given_and_found(images: Path, tmp_path: Path, capsys: pytest.Ca
     assert convert("colours", masks, "--images", images, *other) == 2
     assert "colour [0, 128, 0] at row 2, column 2 is not in the list" in capsys.readouterr().err
     noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    Image.fromarray(noise).save(masks / "a.png")
+    Image.fromarray(noise).save(masks / "a.PNG")
     assert convert("colours", masks, "--images", images, "--out", tmp_path / "found") == 2
     assert "more than 256 colours up to this file" in capsys.readouterr().err
 
@@ -220,6 +232,11 @@ def test_mistakes_are_named(images: Path, tmp_path: Path, capsys: pytest.Capture
     file = coco(tmp_path, [{"category_id": 3, "segmentation": [BIG]}])
     Image.new("RGB", (9, 8)).save(images / "a.png")
     assert "a.png: 8 × 9 pixels, its annotation 20 × 30" in says("coco", file, "--images", images)
+    (images / "a.png").write_bytes(b"no picture")
+    for given in (("coco", file), ("yolo", tmp_path, "--classes", "car")):
+        message = says(*given, "--images", images)
+        assert "photos/a.png: cannot read this image (cannot identify image file" in message
+        assert message.endswith("; replace it\n")
     out.mkdir(exist_ok=True)
     (out / "data.yaml").write_text("data: {classes: [cat]}")
     assert "data.yaml: has the classes cat, these annotations background, car, tree" in says(

@@ -81,7 +81,7 @@ def read_excluded(exclude: Path | None, root: Path) -> frozenset[Path]:
         if direct is not None:
             found.add(direct)
             continue
-        below = below or {same_form(path.relative_to(root).as_posix()): path for path in _files(root)}
+        below = below or {same_form(path.relative_to(root).as_posix()): path for path in visible_files(root)}
         found |= _meant(line, below, f"data.exclude: {exclude} line {number}", root)
     return frozenset(found)
 
@@ -98,7 +98,8 @@ def _is_inside(root: Path, entry: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and os.path.isfile(root / entry)
 
 
-def _files(root: Path) -> Iterator[Path]:
+def visible_files(root: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones and those in hidden folders; links are followed."""
     for place, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (Path(place, name) for name in names if not is_hidden(name))
