@@ -4,8 +4,9 @@ Errors: ValueError naming the setting.
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PrototypeSettings:
     def __post_init__(self) -> None:
         _check(self, at_least_one=("num_per_class", "sinkhorn_iterations"))
         _check(self, above_zero=("kappa", "temperature", "logit_scale"))
-        if self.momentum != "auto" and not 0 <= float(self.momentum) <= 1:
+        if self.momentum != "auto" and not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum={self.momentum!r} must be auto or between 0 and 1")
         if self.revive_after < 0:
             raise ValueError(f"revive_after={self.revive_after} must be at least 0")
@@ -65,16 +66,27 @@ class ContrastSettings:
 
 
 def _check(settings: object, at_least_one: tuple[str, ...] = (), above_zero: tuple[str, ...] = ()) -> None:
-    """Bounds, and values of the fields that are a choice of words."""
+    """Types, words and bounds."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value, kinds = getattr(settings, name), _kinds(hint)
+        if not any(value == kind if isinstance(kind, str) else isinstance(value, kind) for kind in kinds):
+            raise ValueError(
+                f"{name}={value!r} must be {' or '.join(CALLED.get(kind, kind) for kind in kinds)}"
+            )
     for name in at_least_one:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)} must be at least 1")
     for name in above_zero:
         if not 0 < getattr(settings, name) < math.inf:
             raise ValueError(f"{name}={getattr(settings, name)} must be above 0")
-    hints = get_type_hints(type(settings))
-    for field in fields(settings):  # type: ignore[arg-type]
-        words = [word for word in get_args(hints[field.name]) if isinstance(word, str)]
-        value = getattr(settings, field.name)
-        if words and value not in words:
-            raise ValueError(f"{field.name}={value!r} is not one of {', '.join(words)}")
+
+
+CALLED: dict[Any, str] = {Real: "a number", Integral: "a whole number", type(None): "None"}
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """What a field may be: kinds of numbers, None, and words."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    inner = [kind for each in get_args(hint) for kind in _kinds(each)]
+    return inner or [{float: Real, int: Integral}.get(hint, hint)]

@@ -269,6 +269,10 @@ def test_cap() -> None:
     )
     with pytest.raises(ValueError, match=r"cap_mb=0\.001 is too small"):
         memory_slots(150, 256, 20210, ContrastSettings(cap_mb=0.001))
+    with pytest.raises(ValueError, match="pool_size='big' must be a whole number or full"):
+        ContrastSettings(pool_size="big")
+    with pytest.raises(ValueError, match=r"memory_size=2\.5 must be a whole number or None"):
+        ContrastSettings(memory_size=2.5)
 
 
 @pytest.mark.parametrize(

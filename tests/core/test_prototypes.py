@@ -350,8 +350,12 @@ def test_half_modules_keep_exact_prototypes_and_deterministic_mode_works():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="start='dat' is not one of data, random"):
+    with pytest.raises(ValueError, match="start='dat' must be data or random"):
         head_of(start="dat")
+    with pytest.raises(ValueError, match="momentum='fast' must be a number or auto"):
+        head_of(momentum="fast")
+    with pytest.raises(ValueError, match="kappa='big' must be a number"):
+        head_of(kappa="big")
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         head_of(classes=0)
     features, labels = batch()
