@@ -19,7 +19,7 @@ HOUSE = {
         "editing",
         "prototypes contrast",
     ],
-    "runtime": ["errors signals", "distributed files memory console shipped strict_yaml config_keys"],
+    "runtime": ["errors signals", "distributed files memory console shipped strict_yaml config_keys extras"],
     "config": [],
     "data": [
         "reading.pixels reading.label_ids reading.text_lists classes.palette transforms tree",

@@ -24,13 +24,13 @@ from protoseg.commands.sweep_rows import Row, Sweep, load_sweep, slug
 from protoseg.commands.sweep_tables import Record, read_record, sweep_figure, to_csv, to_markdown
 from protoseg.config import load_config, to_plain
 from protoseg.figures.pictures import save_figure
-from protoseg.runtime.config_keys import differing_keys
 from protoseg.runtime.console import plain_console
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.extras import import_extra
 from protoseg.runtime.files import make_folder, write_text
 from protoseg.runtime.signals import Interrupted, StopSignals
 from protoseg.training.log import read_metrics
-from protoseg.training.resume import OPERATIONAL
+from protoseg.training.resume import other_learning
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -102,8 +102,7 @@ class Task:
         if not (self.folder / "results.json").is_file():
             return False
         made_with = yaml.safe_load((self.folder / "config.yaml").read_text())
-        differ = differing_keys(made_with, to_plain(load_config(self.config, self.overrides)))
-        return all(key.startswith(OPERATIONAL) for key in differ)
+        return not other_learning(made_with, to_plain(load_config(self.config, self.overrides)))
 
 
 RunTask = Callable[[Task, Event], Any]  # returns when the run has ended; asks it to end when the event is set
@@ -225,10 +224,7 @@ def _taken(lock: int) -> bool:
 
 def slurm_executor(folder: Path, options: Sequence[str]) -> Any:
     """submitit's executor for jobs of a Slurm cluster; the folder must be seen by all machines."""
-    try:
-        import submitit
-    except ImportError:
-        raise UserError("--launcher slurm needs submitit: pip install 'protoseg[slurm]'") from None
+    submitit = import_extra("submitit", "protoseg[slurm]", "--launcher slurm: ")
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
         parameters = dict(option.split("=", 1) for option in options)

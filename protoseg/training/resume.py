@@ -19,7 +19,7 @@ OPERATIONAL = (
     "data.root",
     "data.workers",
     "data.cache_mb",
-    "data.cache_",
+    "data.cache_gb",
     "eval.",
     "checkpoint.",
     "train.log_interval",
@@ -114,10 +114,17 @@ def checkpoint_to_resume(out: Path, resume: str | None) -> Path | None:
     return path
 
 
+def other_learning(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys in which two plain configurations differ so that something else is learned."""
+    kept = [bool(each["data"].get("cache_features")) for each in (old, new)]  # in half precision, anywhere
+    keys = [key for key in differing_keys(old, new) if not key.startswith(OPERATIONAL)]
+    return [key for key in keys if key != "data.cache_features" or kept[0] != kept[1]]
+
+
 def require_same_config(old: dict[str, Any], config: Config, path: Path | None, extend: bool = False) -> None:
     """Errors: UserError naming the keys in which a checkpoint's configuration differs from this one."""
     old = to_plain(stored_config(old, str(path)))
-    keys = [key for key in differing_keys(old, to_plain(config)) if not key.startswith(OPERATIONAL)]
+    keys = other_learning(old, to_plain(config))
     before, now = old["train"]["iterations"], config.train.iterations
     if extend and now <= before and "train.iterations" in keys:
         raise UserError(f"--extend: train.iterations={now} is not more than the {before} of {path}; raise it")

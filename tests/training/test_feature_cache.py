@@ -11,13 +11,14 @@ import yaml
 from tiny import CLASSES, PALETTE, SIZES, write_folder
 
 from protoseg.commands.cli import execute as command
-from protoseg.config import config_from
+from protoseg.config import config_from, to_plain
 from protoseg.data.datasets import open_dataset
 from protoseg.models.build import build_model
 from protoseg.runtime.errors import UserError
 from protoseg.training import feature_cache
 from protoseg.training.feature_cache import FeatureCache, cache_folder
 from protoseg.training.loop import train
+from protoseg.training.resume import require_same_config
 
 STILL = {"crop": [64, 64], "scale": [1, 1], "flip": 0, "photometric": False, "batch_size": 2, "workers": 0}
 
@@ -96,6 +97,14 @@ def test_maps_are_those_of_the_padded_image(root: Path, tmp_path: Path) -> None:
     assert torch.equal(label[:rows, :columns], plain)
     assert (label[rows:] == 255).all()
     assert (label[:, columns:] == 255).all()
+
+
+def test_a_run_goes_on_with_maps_if_it_began_with_them(root: Path) -> None:
+    began = to_plain(config_from(frozen(root, cache_features=True), "t"))
+    elsewhere = config_from(frozen(root, cache_features="/elsewhere", cache_gb=1), "t")
+    require_same_config(began, elsewhere, Path("last.pt"))
+    with pytest.raises(UserError, match=r"^last\.pt: .* configuration \(data\.cache_features differ\)"):
+        require_same_config(began, config_from(frozen(root), "t"), Path("last.pt"))
 
 
 def test_other_weights_and_other_images_get_other_files(root: Path, tmp_path: Path) -> None:
