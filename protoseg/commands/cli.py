@@ -1,6 +1,5 @@
 """The command line: `protoseg VERB …`; tools/VERB.py calls the same function."""
 
-import errno
 import importlib
 import io
 import os
@@ -15,9 +14,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from protoseg.commands.parser import Parser
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.files import MAKE_ROOM, OF_A_FILE, OF_THE_DISK
 from protoseg.runtime.signals import Interrupted
 
-OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 # Each is a module of this package with a `main(arguments)`; it is imported when asked for.
 VERBS = {
     "train": "train a model",
@@ -46,10 +45,10 @@ def execute(verb: str, arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in OF_THE_DISK:
+        if error.errno not in OF_THE_DISK | OF_A_FILE:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror}; make room or choose another place", file=sys.stderr)
+        print(f"error: {where}{error.strerror}; {MAKE_ROOM}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
         print(stopped)

@@ -9,7 +9,7 @@ from protoseg.commands.arguments import add_protocol, protocol_of, runs_and_over
 from protoseg.commands.parser import parser_of
 from protoseg.config import merge_into_trained
 from protoseg.data.datasets import model_tree, open_dataset
-from protoseg.data.file_dataset import in_short, with_classes
+from protoseg.data.file_dataset import with_classes
 from protoseg.evaluation.level_scores import ConsistencyCount
 from protoseg.evaluation.scores import BOUNDARY_RATIO, evaluate_segmenter
 from protoseg.evaluation.tables import (
@@ -22,7 +22,7 @@ from protoseg.figures.pictures import save_figure
 from protoseg.figures.score_figures import confusion_figure, reliability_figure
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.runtime import distributed
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, in_short
 from protoseg.runtime.files import write_json
 
 

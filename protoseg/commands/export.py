@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from protoseg.commands.parser import parser_of
 from protoseg.models.checkpoint import find_checkpoint, load_segmenter
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.extras import import_extra
 from protoseg.weights.graph import (
+    EXTRA,
     OUTPUTS,
     SegmentationGraph,
     about_model,
     graph_of,
-    import_extra,
     smallest_side,
     write_onnx,
     write_program,
@@ -76,7 +77,9 @@ def check(graph: SegmentationGraph, run: Runner) -> None:
 
 def onnx_runner(path: Path, _: str = "") -> Runner:
     """Runs an ONNX file in onnxruntime on the CPU."""
-    session = import_extra("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = import_extra("onnxruntime", EXTRA).InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
     return lambda images: session.run(None, {"images": images})
 
 

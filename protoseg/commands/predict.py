@@ -31,7 +31,6 @@ from protoseg.commands.video import VideoWriter, pyav, read_frames
 from protoseg.config import merge_into_trained
 from protoseg.data.classes.palette import overlay
 from protoseg.data.datasets import dataset_spec, image_reader, model_tree
-from protoseg.data.reading.decode import read_image
 from protoseg.data.reading.label_ids import LabelMap, export_ids
 from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
 from protoseg.models.checkpoint import load_segmenter
@@ -135,8 +134,8 @@ def predict_sources(
     outputs: Outputs,
     device: torch.device,
     protocol: InferenceSettings,
-    on_progress: Callable[[int, int | None], None] | None = None,
-    read_image: Callable[[Path], Tensor] = read_image,
+    on_progress: Callable[[int, int | None], None],
+    read_image: Callable[[Path], Tensor],
 ) -> list[str]:
     """Predicts every source and writes the results; returns one message for each that failed in some way.
 
@@ -152,8 +151,7 @@ def predict_sources(
     done = itertools.count(1)
 
     def tick() -> None:
-        if on_progress is not None:
-            on_progress(next(done), total)
+        on_progress(next(done), total)
 
     def run(source: Source, image: Tensor) -> Prediction:
         with too_large_explained(source):

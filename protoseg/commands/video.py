@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.extras import import_extra
 from protoseg.runtime.files import cannot_write, whole_file
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -94,12 +95,6 @@ def _open_webcam(av: ModuleType, number: int) -> Any:
     return av.open(f"/dev/video{number}", format="v4l2")
 
 
-def pyav(source: str) -> ModuleType:
+def pyav(source: str) -> Any:
     """The library. Errors: UserError if it is missing, naming what needs it."""
-    try:
-        import av
-    except ImportError:
-        raise UserError(
-            f'{source}: videos need PyAV, which is not installed; run: pip install "protoseg[video]"'
-        ) from None
-    return av
+    return import_extra("av", "protoseg[video]", f"{source}: for videos, ")

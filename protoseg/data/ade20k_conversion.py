@@ -43,8 +43,6 @@ def prepare_ade20k_full(
         pairing = pair_files(root, find_split(data, split), spec.homepage)
         check_pairing(pairing, split)
         target = DATASETS[CONVERTED].splits[split]
-        for folder in (target.images, target.labels):
-            (root / folder).mkdir(parents=True, exist_ok=True)
         jobs += [
             (image, label, root / target.images / image.name, root / target.labels / f"{image.stem}.tif")
             for image, label in pairing.pairs.values()

@@ -22,9 +22,11 @@ from protoseg.config import read_yaml
 from protoseg.data.reading.decode import IMAGE_ENDINGS
 from protoseg.data.reading.text_lists import visible_files
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.extras import import_extra
 
 UNLABELLED = -1
 MOST_COLOURS = 256
+CODER = ("pycocotools.mask", "protoseg[convert]")
 Colour = tuple[int, int, int]
 Drawn = tuple[int, NDArray[np.bool_]]  # class id and where
 # The objects of one image in the order of their file → class ids (H, W).
@@ -206,7 +208,7 @@ def _coco_objects(
     file: Path,
     overlap: Overlap,
 ) -> NDArray[np.int64]:
-    coder = _coder()
+    coder = import_extra(*CODER)
     drawn = []
     for each in annotations:
         try:
@@ -235,7 +237,7 @@ def _panoptic(
 def _polygons(
     shapes: Sequence[tuple[int, NDArray]], size: tuple[int, int], overlap: Overlap
 ) -> NDArray[np.int64]:
-    coder = _coder()
+    coder = import_extra(*CODER)
     drawn = [
         (c, coder.decode(coder.frPyObjects([points.flatten().tolist()], *size))[..., 0].astype(bool))
         for c, points in shapes
@@ -293,14 +295,6 @@ def _code(colours: NDArray) -> NDArray[np.int64]:
 def _colour(value: Sequence[int]) -> Colour:
     red, green, blue = (int(each) for each in value)
     return red, green, blue
-
-
-def _coder() -> Any:
-    try:
-        import pycocotools.mask
-    except ImportError:
-        raise UserError("pycocotools is not installed; run: pip install 'protoseg[convert]'") from None
-    return pycocotools.mask
 
 
 def _json(file: Path) -> Any:

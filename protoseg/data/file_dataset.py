@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from protoseg.data.classes.palette import Palette
 from protoseg.data.reading.decode import ImageReader
 from protoseg.data.reading.label_ids import LabelIds
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, in_short
 
 ReadIds = Callable[[Path], NDArray[np.integer]]  # label file → (H, W) raw ids
 
@@ -138,11 +138,6 @@ def with_classes(dataset: Dataset, classes: Sequence[str], palette: Sequence[Seq
             f" ({in_short(classes)}); classes are matched by name, use data with the model's names"
         )
     return RenumberedDataset(dataset, classes, palette)
-
-
-def in_short(names: Sequence[str], longest: int = 5) -> str:
-    """The first few names, and how many there are."""
-    return ", ".join(names[:longest]) + (f", … ({len(names)})" if len(names) > longest else "")
 
 
 def check_sizes(

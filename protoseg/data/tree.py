@@ -5,7 +5,6 @@ of the file. The root is no node. Depth 1 are its children; level d shows a clas
 or by itself where it stands higher; the last level is that of the classes.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from protoseg.core.tree_losses import TreeTables, ancestor_matrix, tree_distances
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,8 @@ def label_tree(nested: Mapping[Any, Any], classes: Sequence[str]) -> LabelTree:
             )
         inner = content is not None
         if not inner and name not in classes:
-            near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(classes)}"
-            raise UserError(f"data.tree: {name} {where} is no class; {hint}")
+            hint = did_you_mean(name, classes, f"the classes are {', '.join(classes)}")
+            raise UserError(f"data.tree: {name} {where} is no class{hint}")
         if inner and name in classes:
             raise UserError(f"data.tree: node {name} {where} is called like a class; give it another name")
         if name in parents:

@@ -4,7 +4,6 @@ The image is padded at the bottom and right to whole cells (with 0, the mean col
 the maps are cropped to ceil(size / stride), because many of timm's networks round down or refuse such sizes.
 """
 
-import difflib
 from typing import Any
 
 import timm
@@ -14,7 +13,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from protoseg.models.maps import cells, filling, resize
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, did_you_mean
 
 # What lets timm's networks take any size; the first one that the network knows is used.
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
@@ -29,8 +28,7 @@ class TimmFeatures(nn.Module):
     def __init__(self, name: str, drop_path: float) -> None:
         super().__init__()
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=1)
-            hint = f"; did you mean timm:{near[0]}?" if near else ""
+            hint = did_you_mean(name, timm.list_models(), prefix="timm:")
             raise UserError(f"backbone.name: timm has no model {name!r}{hint}")
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         with torch.device("meta"):

@@ -3,13 +3,12 @@
 A section is a pydantic model or a dataclass.
 """
 
-import difflib
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, did_you_mean
 
 WHOLE = ("label_map", "tree")  # mappings that are one value
 
@@ -51,11 +50,10 @@ def check_keys(kind: Any, values: dict[str, Any], where: str, prefix: str = "", 
     known = sections(kind)
     for key, value in values.items():
         if key not in known:
-            near = [name for name in dotted_names(whole or kind) if name.endswith(f".{key}")]
-            near = near or difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix if '.' not in near[0] else ''}{near[0]}?" if near else ""
-            hint = hint or f"valid here: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+            elsewhere = [name for name in dotted_names(whole or kind) if name.endswith(f".{key}")]
+            hint = did_you_mean(str(key), known, f"valid here: {', '.join(known)}", prefix)
+            hint = f"; did you mean {elsewhere[0]}?" if elsewhere else hint
+            raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
         if known[key] is not None:
             if not isinstance(value, dict):
                 raise UserError(

@@ -14,6 +14,8 @@ from protoseg.runtime.errors import UserError
 
 LONGEST_NAME = 230  # bytes: file systems take 255, and a step and an ending come to it
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # no other file will fare better
+OF_A_FILE = {errno.EFBIG, errno.EACCES}
+MAKE_ROOM = "make room or choose another place"
 
 
 class DiskError(UserError):
@@ -70,7 +72,7 @@ def cannot_write(path: Path, reason: Exception) -> UserError:
     """The one message for a file that cannot be written."""
     why = getattr(reason, "strerror", None) or reason
     kind = DiskError if getattr(reason, "errno", None) in OF_THE_DISK else UserError
-    return kind(f"{path}: cannot write ({why}); make room or choose another place")
+    return kind(f"{path}: cannot write ({why}); {MAKE_ROOM}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,9 +1,8 @@
 """The configs that come with the package, found by their names."""
 
-import difflib
 from pathlib import Path
 
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
 # Inside an installed package; in a clone they stand beside it.
@@ -29,6 +28,5 @@ def find_config(name: str | Path) -> Path:
     known = shipped_configs()
     if path.as_posix() in known:
         return known[path.as_posix()]
-    near = difflib.get_close_matches(path.as_posix(), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "`protoseg configs` lists those"
-    raise UserError(f"{name}: no such file, and no shipped config of this name; {hint}")
+    hint = did_you_mean(path.as_posix(), known, "`protoseg configs` lists those")
+    raise UserError(f"{name}: no such file, and no shipped config of this name{hint}")

@@ -1,13 +1,13 @@
 """Where a run's numbers go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow."""
 
 import hashlib
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.extras import import_extra
 from protoseg.runtime.files import write_text
 
 
@@ -40,7 +40,7 @@ class WeightsAndBiases:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         name = hashlib.sha1(str(folder.resolve()).encode()).hexdigest()[:16]
-        wandb = client("wandb")
+        wandb = import_extra("wandb", "wandb", "train.track: ")
         self.run = wandb.init(project="protoseg", name=folder.name, id=name, resume="allow", dir=str(folder))
 
     def numbers(self, values: dict[str, float], step: int) -> None:
@@ -54,7 +54,7 @@ class Mlflow:
     """With its own client, wherever that is told to write; the run's id is kept in mlflow_run.txt."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        self.client = client("mlflow").MlflowClient()
+        self.client = import_extra("mlflow", "mlflow", "train.track: ").MlflowClient()
         kept = folder / "mlflow_run.txt"
         if first_step and kept.is_file():
             self.run = kept.read_text().strip()
@@ -87,11 +87,3 @@ def start_tracker(name: str, folder: Path, first_step: int) -> Tracker:
         raise UserError(
             f"train.track: {name} does not start ({reason:.300}); mend its settings, or leave it out"
         ) from None
-
-
-def client(name: str) -> Any:
-    """Another program's client. Errors: UserError with the line that installs it."""
-    try:
-        return import_module(name)
-    except ImportError:
-        raise UserError(f"train.track: {name} is not installed; run: pip install {name}") from None

@@ -23,8 +23,8 @@ from protoseg.models.mit import MixTransformer
 from protoseg.models.swin import SWINS, Swin
 from protoseg.models.timm_features import TimmFeatures
 from protoseg.runtime.distributed import is_main
-from protoseg.runtime.errors import UserError
-from protoseg.weights.foreign_files import read_state, shorten
+from protoseg.runtime.errors import UserError, in_short
+from protoseg.weights.foreign_files import read_state
 from protoseg.weights.names import (
     HRNET_FORMATS,
     MIT_FORMATS,
@@ -72,10 +72,12 @@ class ImportReport:
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.program}): {len(self.matched)} tensors loaded"]
         if self.missing:
-            lines.append(f"not in the file, left as they were ({len(self.missing)}): {shorten(self.missing)}")
+            lines.append(
+                f"not in the file, left as they were ({len(self.missing)}): {in_short(self.missing)}"
+            )
         for why in sorted(set(self.unexpected.values())):
             names = [name for name, w in self.unexpected.items() if w == why]
-            lines.append(f"not used, {why} ({len(names)}): {shorten(names)}")
+            lines.append(f"not used, {why} ({len(names)}): {in_short(names)}")
         return "\n".join(lines + self.notes)
 
 
@@ -138,7 +140,7 @@ def likeliest_translation(
     pieces, program = max(options, key=lambda option: len(option[0].keys() & known))
     if not pieces.keys() & known:
         raise UserError(
-            f"none of the {len(state)} tensors (such as {shorten(list(state), 3)}) belongs to {name}: "
+            f"none of the {len(state)} tensors (such as {in_short(list(state), 3)}) belongs to {name}: "
             "check backbone.name and backbone.weights"
         )
     return {ours + key: value for key, value in pieces.items()}, program

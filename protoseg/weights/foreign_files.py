@@ -3,7 +3,7 @@
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, in_short
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     )
     if not tensors:
         raise UserError(
-            f"{path} holds more than tensors ({shorten(foreign, 1)}) and no state_dict: save that alone"
+            f"{path} holds more than tensors ({in_short(foreign, 1)}) and no state_dict: save that alone"
             if foreign
             else f"{path} holds no named tensors"
         )
@@ -85,7 +85,3 @@ def folder_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index} is no index of weight files: is it complete?") from error
             return [folder / shard for shard in sorted(set(shards))]
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: check the path")
-
-
-def shorten(names: Sequence[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f", … and {len(names) - limit} more" if len(names) > limit else "")

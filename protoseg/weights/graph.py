@@ -19,10 +19,12 @@ from protoseg.core.losses import nearest_cells
 from protoseg.models.segmenter import Segmenter
 from protoseg.models.swin import Swin
 from protoseg.runtime.errors import UserError
+from protoseg.runtime.extras import import_extra
 from protoseg.runtime.files import whole_file
 
 SMALLEST = 64  # rows and columns; some backbones handle smaller images in another way
 OPSET = 20
+EXTRA = "protoseg[export]"
 OUTPUTS = {
     "labels": ("labels",),
     "logits": ("logits",),
@@ -134,8 +136,7 @@ def write_onnx(path: Path, graph: SegmentationGraph, about: dict[str, Any]) -> N
 
     Errors: UserError if the extra `export` is not installed, or naming what ONNX has no operator for.
     """
-    onnx = import_extra("onnx")
-    import_extra("onnxscript")
+    onnx, _ = (import_extra(name, EXTRA) for name in ("onnx", "onnxscript"))
     program = exported_program(graph)
     try:
         made = torch.onnx.export(
@@ -160,14 +161,6 @@ def write_onnx(path: Path, graph: SegmentationGraph, about: dict[str, Any]) -> N
 def about_model(content: dict[str, Any]) -> dict[str, Any]:
     """What goes into a file beside the graph: class names, palette, versions."""
     return {"classes": content["classes"], "palette": content["palette"], "protoseg": version("protoseg")}
-
-
-def import_extra(name: str) -> Any:
-    """A module of the extra `export`. Errors: UserError with the line that installs it."""
-    try:
-        return __import__(name)
-    except ImportError:
-        raise UserError(f"{name} is not installed; run: pip install 'protoseg[export]'") from None
 
 
 def _not_exportable(error: Exception, layer: str) -> UserError:

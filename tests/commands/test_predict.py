@@ -344,7 +344,7 @@ def test_missing_video_library_is_named(
     arguments = [str(root / "last.pt"), str(tmp_path / "drive.mp4"), "--out", str(tmp_path / "out")]
     assert command("predict", arguments) == 2
     error = capsys.readouterr().err
-    assert 'pip install "protoseg[video]"' in error
+    assert "drive.mp4: for videos, av is not installed; run: pip install 'protoseg[video]'" in error
     assert error.count("\n") == 1, error
 
 

@@ -1,7 +1,7 @@
 """Exported models say what the model in memory says, at sizes that were not exported."""
 
-import builtins
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,7 @@ def test_a_swin_at_other_sizes(
 def test_an_extra_that_is_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = builtins.__import__
-
-    def without_onnx(name: str, *rest: Any) -> Any:
-        if name == "onnx":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_onnx)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     assert execute("export", [str(checkpoint(tmp_path / "last.pt"))]) == 2
     message = "error: onnx is not installed; run: pip install 'protoseg[export]'\n"
     assert capsys.readouterr().err == message

@@ -14,7 +14,7 @@ from protoseg.data.file_dataset import turned_advice
 from protoseg.data.reading.label_ids import LabelIds, id_ranges
 from protoseg.data.reading.pairing import Pairing
 from protoseg.data.reading.value_range import SMALLEST_SHARE, Range, common_range
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, in_short
 
 Severity = Literal["error", "warning"]
 
@@ -167,7 +167,7 @@ def diagnose_classes(rows: Sequence[ClassRow], split: str, readable: bool) -> li
     if len(absent) == len(rows):
         text = f"{split}: every pixel is ignored and nothing can be learned; is the label_map right?"
         return [Finding("nothing labelled", "error", text, ())]
-    few = ", ".join(absent[:8]) + (", …" if absent[8:] else "")
+    few = in_short(absent, 8)
     return [
         Finding("absent class", "warning", f"{len(absent)} class(es) have no pixel in {split}: {few}", ())
     ]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from protoseg.data.reading.decode import IMAGE_ENDINGS, LABEL_ENDINGS
-from protoseg.data.reading.text_lists import is_hidden, nearest, read_lines, same_form, spellings
-from protoseg.runtime.errors import UserError
+from protoseg.data.reading.text_lists import is_hidden, read_lines, same_form, spellings
+from protoseg.runtime.errors import UserError, did_you_mean, in_short
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ def _listed(path: Path, homepage: str, stems: Mapping[str, Path]) -> tuple[dict[
             wanted[stem] = stems[stem]
         else:
             entry = line.split()[0]
-            missing.append(entry + (nearest(entry, stems) if len(missing) < 3 else ""))
+            missing.append(entry + (did_you_mean(entry, stems) if len(missing) < 3 else ""))
     return wanted, missing
 
 
 def check_pairing(pairing: Pairing, split: str) -> None:
     """Raises UserError for files that lack their partner and for a split without files."""
     faults = [
-        f"{len(files)} {what} ({', '.join(map(str, files[:3]))}{', …' if len(files) > 3 else ''})"
+        f"{len(files)} {what} ({in_short([*map(str, files)], 3)})"
         for files, what in (
             (pairing.images_alone, "image(s) without label"),
             (pairing.labels_alone, "label(s) without image"),

@@ -1,14 +1,13 @@
 """Lists of files as people and their programs write them, and the files that the entries mean."""
 
 import codecs
-import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
-from protoseg.runtime.errors import UserError
+from protoseg.runtime.errors import UserError, did_you_mean
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -86,12 +85,6 @@ def read_excluded(exclude: Path | None, root: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like this one, as the end of a message; nothing if none is alike."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; the nearest is {close[0]}" if close else ""
-
-
 def _is_inside(root: Path, entry: str) -> bool:
     """Whether it is the plain relative path of a file."""
     path = PurePosixPath(entry)
@@ -118,4 +111,4 @@ def _meant(line: str, below: dict[str, Path], where: str, root: Path) -> set[Pat
             raise UserError(f"{where}: '{entry}' fits {', '.join(sorted(hits)[:3])}; write the whole path")
         if hits:
             return {below[name] for name in hits}
-    raise UserError(f"{where}: '{entry}' fits no file below {root}{nearest(entry, below)}")
+    raise UserError(f"{where}: '{entry}' fits no file below {root}{did_you_mean(entry, below)}")

@@ -77,8 +77,8 @@ def measure_range(
                 return None
 
         known = [each for each in pool.map(measure, deep) if each is not None]
-    eight_bits = [Extremes(0, 255, "uint8", True)] if len(deep) < len(files) else []
-    return common_range(known + eight_bits * (len(files) - len(deep)))
+    eight_bits = Extremes(0, 255, "uint8", True)
+    return common_range(known + [eight_bits] * (len(files) - len(deep)))
 
 
 def to_bytes(values: NDArray, value_range: Range | None) -> NDArray[np.uint8]:

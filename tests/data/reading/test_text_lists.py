@@ -77,7 +77,7 @@ def test_entries_of_an_exclude_list(root, tmp_path, entry, encoding):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("labels/train/trän.png", r"1: 'labels/train/trän.png' fits no file .*is labels/train/träin.png"),
+        ("labels/train/trän.png", r"1: 'labels/train/trän.png' fits no file .*mean labels/train/träin.png"),
         ("images/train", "fits no file"),
         ("c.png", r"'c.png' fits images/train/c.png, images/val/c.png, labels.*; write the whole path"),
     ],
@@ -113,7 +113,7 @@ def test_entries_of_a_split_list(tmp_path, entry, encoding):
     data = build_dataset("voc", root=tmp_path, split="train")
     assert [data.name(i) for i in range(len(data))] == ["träin"]
     listed.write_bytes("träin\r\notehr\r\n".encode(encoding))
-    with pytest.raises(UserError, match=r"1 listed name.s. without image .otehr; the nearest is other"):
+    with pytest.raises(UserError, match=r"1 listed name.s. without image .otehr; did you mean other\?"):
         build_dataset("voc", root=tmp_path, split="train")
 
 
