@@ -8,7 +8,6 @@ CamVid is taken from data/camvid or from where PROTOSEG_CAMVID points.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -26,6 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from gpu_checks import camvid_runs, ceilings, head_cost, right, training_cost, two_processes  # noqa: E402
 from gpu_checks.job import GRACE, Check, Job, run_check  # noqa: E402
 from gpu_checks.tables import page  # noqa: E402
+
+from protoseg.runtime.files import write_json, write_text  # noqa: E402
 
 
 def about(job: Job) -> None:
@@ -88,23 +89,16 @@ def main(argv: list[str]) -> int:
                 found["about"]["git_commit"] = args.commit or found["about"].get("git_commit")
                 entry = {k: v for k, v in entry.items() if k in ("status", "seconds", "error", "traceback")}
             found["checks"][check.name] = entry
-            write(out / "gpu.json", json.dumps(found, indent=1))
-            write(out / "gpu.md", page(found))
+            write_json(out / "gpu.json", found)
+            write_text(out / "gpu.md", page(found))
             why = entry.get("error") or entry.get("why") or ""
             print(f"{check.name}: {entry['status']}, {entry.get('seconds', 0)} s {why}".rstrip(), flush=True)
     profiles = found["checks"].get("profiles", {}).get("tables", {})
-    write(out / "profiles.txt", "".join(f"{name}\n{table}\n\n" for name, table in profiles.items()))
+    write_text(out / "profiles.txt", "".join(f"{name}\n{table}\n\n" for name, table in profiles.items()))
     if markdown:
-        write(markdown, page(found))
+        write_text(markdown, page(found))
     print(page(found), flush=True)
     return int(any(entry["status"] in ("failed", "died") for entry in found["checks"].values()))
-
-
-def write(path: Path, text: str) -> None:
-    """At once, or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from protoseg.core.health import perplexity
 from protoseg.data.tree import LabelTree
 from protoseg.figures.pictures import (
     DPI,
@@ -209,9 +211,8 @@ def tree_figure(tree: LabelTree, palette: Colours, survey: Survey) -> Figure:
 
 
 def prototypes_in_use(share_CK: NDArray) -> NDArray:
-    """How many prototypes share each class's pixels out: exp(entropy) of the shares, 1 to K; 0 if none."""
-    logs_CK = np.log(np.where(share_CK > 0, share_CK, 1))
-    return np.exp(-(share_CK * logs_CK).sum(1)) * share_CK.any(1)
+    """How many prototypes share each class's pixels out: perplexity of the shares, 1 to K; 0 if none."""
+    return perplexity(torch.from_numpy(share_CK)).nan_to_num(0).numpy()
 
 
 def assignment_figure(share_CK: NDArray, classes: Sequence[str], palette: Colours) -> Figure:

@@ -19,8 +19,9 @@ from protoseg.config import config_from
 from protoseg.evaluation.inference import InferenceSettings, protocol_for, segment
 from protoseg.models.build import build_model
 from protoseg.models.segmenter import Segmenter
+from protoseg.runtime.extras import import_extra
 from protoseg.runtime.memory import peak_memory_gb
-from protoseg.weights.graph import graph_of, import_extra, write_onnx
+from protoseg.weights.graph import EXTRA, graph_of, write_onnx
 
 
 def main(argv: list[str]) -> None:
@@ -96,7 +97,7 @@ def against_programs(args: argparse.Namespace) -> None:
 
 def against_onnxruntime(model: Segmenter, size: list[int]) -> None:
     """Both on the CPU with as many threads as torch has, alternating; each once before for nothing."""
-    onnxruntime = import_extra("onnxruntime")
+    onnxruntime = import_extra("onnxruntime", EXTRA)
     images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
     graph = graph_of(model, "labels")
     with tempfile.TemporaryDirectory() as folder:
@@ -108,14 +109,9 @@ def against_onnxruntime(model: Segmenter, size: list[int]) -> None:
         "torch": lambda: graph(images),
         "onnxruntime": lambda: session.run(None, {"images": images.numpy()}),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
-        for _ in range(6):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
+        seconds = alternating(runs, torch.device("cpu"), repeats=5, warmup=1)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
     print(
         f"{size[1]}×{size[0]}, {torch.get_num_threads()} threads:"
         f" torch {medians['torch']:.3f} s, onnxruntime {medians['onnxruntime']:.3f} s"

@@ -12,6 +12,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from protoseg.runtime.files import write_json
+
 Entry = dict[str, Any]
 
 
@@ -37,9 +39,7 @@ class Job:
     def record(self, **values: Any) -> None:
         """Add to the check's entry, on disk at once."""
         self.entry |= values
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(self.entry))
-        temporary.replace(self.path)
+        write_json(self.path, self.entry)
 
     def row(self, table: str, **values: Any) -> None:
         """Add a row to one of the entry's tables, and print it."""
