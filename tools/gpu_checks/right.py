@@ -64,6 +64,7 @@ def no_host_sync(job: Job) -> None:
     wrong = []
     for mode in MODES:
         run, batch = make_run(job, "mit_b0", mode, device), make_batch(job)
+        batch = batch._replace(label=batch.label.masked_fill(batch.label == 0, 255))  # a class still to come
         for _ in range(1 if job.tiny else 3):
             training.train_step(run, batch)
         found = _warned(job, run, batch)
