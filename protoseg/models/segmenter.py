@@ -35,7 +35,7 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, scale: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_classes, dim))
+        self.weight = nn.Parameter(F.normalize(torch.randn(num_classes, dim), dim=1))
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.scale = scale
 
