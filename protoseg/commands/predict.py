@@ -3,6 +3,7 @@
 Reading, the model and writing go on at the same time: images are decoded and results encoded in threads.
 """
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,10 @@ from protoseg.commands.prediction_files import (
     write_maps,
 )
 from protoseg.commands.video import VideoWriter, pyav, read_frames
-from protoseg.config import merge_into_trained
+from protoseg.config import Config, merge_into_trained
 from protoseg.data.classes.palette import overlay
 from protoseg.data.datasets import dataset_spec, image_reader, model_tree
-from protoseg.data.reading.label_ids import LabelMap, export_ids
+from protoseg.data.reading.label_ids import export_ids
 from protoseg.evaluation.inference import InferenceSettings, Prediction, segment
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.segmenter import Segmenter, autocast
@@ -76,32 +77,8 @@ def main(arguments: Sequence[str]) -> int:
     if args.prototypes:
         model.require_prototypes(f"--prototypes: {args.run}")
     device = distributed.setup()
-    label_map: LabelMap | None = None
-    if args.raw_ids:
-        spec = dataset_spec(config.data)
-        label_map = spec.label_map
-        if list(spec.classes) != content["classes"]:
-            raise UserError(f"--raw-ids: {args.run} has other classes than its dataset; leave the option out")
-    palette, nodes = [(r, g, b) for r, g, b in content["palette"]], None
-    if args.level is not None:
-        if args.raw_ids:
-            raise UserError("--raw-ids: nodes of a label tree have none; leave --level or --raw-ids out")
-        tree = model_tree(config.data, content["classes"])
-        if tree is None:
-            raise UserError(f"--level: {args.run} has no label tree; train with data.tree, or leave it out")
-        if not 1 <= args.level <= tree.height:
-            raise UserError(f"--level: the tree of {args.run} has levels 1-{tree.height}, got {args.level}")
-        nodes, palette = tree.level_of_classes(args.level), tree.colours(palette)
-        print("in labels/: " + ", ".join(f"{v} {tree.names[v]}" for v in nodes.unique().tolist()), flush=True)
+    outputs = outputs_of(args, config, content)
     make_folder(args.out)
-    outputs = Outputs(
-        args.out,
-        palette,
-        export_ids(content["classes"], label_map) if args.raw_ids else None,
-        args.confidence,
-        args.prototypes,
-        nodes,
-    )
     with progress("predict") as on_progress, autocast(config, device):
         failures = predict_sources(
             model.to(device),
@@ -112,19 +89,42 @@ def main(arguments: Sequence[str]) -> int:
             on_progress,
             image_reader(config.data),
         )
-    if len(failures) == len(sources) == 1:
+    return report(failures, len(sources), args.out)
+
+
+def outputs_of(args: argparse.Namespace, config: Config, content: dict[str, Any]) -> Outputs:
+    """What is written, in which ids and colours. Errors: UserError for options that do not go together."""
+    ids, nodes, palette = None, None, [(r, g, b) for r, g, b in content["palette"]]
+    if args.raw_ids:
+        spec = dataset_spec(config.data)
+        if list(spec.classes) != content["classes"]:
+            raise UserError(f"--raw-ids: {args.run} has other classes than its dataset; leave the option out")
+        ids = export_ids(content["classes"], spec.label_map)
+    if args.level is not None:
+        if args.raw_ids:
+            raise UserError("--raw-ids: nodes of a label tree have none; leave --level or --raw-ids out")
+        tree = model_tree(config.data, content["classes"])
+        if tree is None:
+            raise UserError(f"--level: {args.run} has no label tree; train with data.tree, or leave it out")
+        if not 1 <= args.level <= tree.height:
+            raise UserError(f"--level: the tree of {args.run} has levels 1-{tree.height}, got {args.level}")
+        nodes, palette = tree.level_of_classes(args.level), tree.colours(palette)
+        print("in labels/: " + ", ".join(f"{v} {tree.names[v]}" for v in nodes.unique().tolist()), flush=True)
+    return Outputs(args.out, palette, ids, args.confidence, args.prototypes, nodes)
+
+
+def report(failures: Sequence[str], count: int, out: Path) -> int:
+    """Say how `count` inputs went; returns the exit code. Errors: UserError where all failed."""
+    if len(failures) == count == 1:
         raise UserError(failures[0])
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
-    if len(failures) == len(sources):
-        raise UserError(f"all {len(sources)} inputs failed, the last with: {failures[-1]}")
+    if len(failures) == count:
+        raise UserError(f"all {count} inputs failed, the last with: {failures[-1]}")
     if failures:
-        print(
-            f"error: {len(failures)} of {len(sources)} inputs failed; the others are in {args.out}",
-            file=sys.stderr,
-        )
+        print(f"error: {len(failures)} of {count} inputs failed; the others are in {out}", file=sys.stderr)
         return 1
-    print(f"{len(sources)} done: results are in {args.out}")
+    print(f"{count} done: results are in {out}")
     return 0
 
 
