@@ -102,6 +102,7 @@ class DecodeHeadConfig(Section):
     dim: Positive | None = None  # None: the architecture's own width
     stride: Positive | None = None  # finer maps are left out; 8 instead of 4 is about four times as fast
     dropout: Probability = 0.1
+    projection: bool = False  # an MLP of 1×1 convolutions behind it, for either classifier
 
 
 class LossConfig(Section):

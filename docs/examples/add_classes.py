@@ -11,7 +11,6 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -63,9 +62,10 @@ def embedded(model: Segmenter, data: Dataset, indices: Iterable[int]) -> tuple[T
 
 
 def showing(data: Dataset, name: str, count: int) -> list[int]:
-    """The first `count` images with a pixel of the class."""
+    """`count` images with a pixel of the class, spread over the dataset: neighbours may be of one video."""
     wanted = list(data.classes).index(name)
-    return list(islice((i for i in range(len(data)) if (data.label(i) == wanted).any()), count))
+    found = [i for i in range(len(data)) if (data.label(i) == wanted).any()]
+    return found[:: max(len(found) // count, 1)][:count]
 
 
 class LinearOnUnitVectors(nn.Module):

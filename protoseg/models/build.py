@@ -42,6 +42,7 @@ def build_model(
         num_classes,
         dim=config.decode_head.dim,
         dropout=config.decode_head.dropout,
+        projection=config.decode_head.projection,
     )
     head.every_map &= config.decode_head.stride is None
     dim = cast(int, head.dim)

@@ -272,6 +272,25 @@ class OCRHead(DecodeHead):
         return self.dropout(self.fuse(torch.cat([context, x], dim=1))), [coarse] if self.training else []
 
 
+class ProjectedHead(nn.Module):
+    """A head, then an MLP on each pixel: 1×1 convolution, BatchNorm, ReLU, 1×1 convolution, all of its width.
+
+    The embedding has both signs then, as behind the projection of the code published with ProtoSeg.
+    """
+
+    def __init__(self, head: DecodeHead) -> None:
+        super().__init__()
+        self.head = head
+        self.dim, self.stride, self.every_map = head.dim, head.stride, head.every_map
+        self.projection = nn.Sequential(
+            *conv_norm(self.dim, self.dim, kernel=1), nn.Conv2d(self.dim, self.dim, 1)
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Output:
+        embedding, auxiliary = self.head(maps)
+        return self.projection(embedding), auxiliary
+
+
 HEADS: dict[str, Callable[[Given], DecodeHead]] = {
     "mlp": MLPHead,
     "mlp_branch": BranchMLPHead,
@@ -292,12 +311,13 @@ def build_decode_head(
     *,
     dim: int | None = None,
     dropout: float = 0.1,
+    projection: bool = False,
 ) -> Any:
     """Build a decode head by its name in HEADS for a backbone's maps of these channels and strides.
 
     dim: width of the embedding; None takes the original's: mlp and mlp_branch 256 (mlp: 768 for
     SegFormer-B2…B5 and Swin), hrnet, official and whiten the sum of the channels, the others 512.
-    dropout: the originals' is 0.1, and 0 on HRNet.
+    dropout: the originals' is 0.1, and 0 on HRNet. projection: see `ProjectedHead`.
     num_classes is for auxiliary and region classifiers only.
     Errors: UserError for an unknown name, and for a head that needs two maps on a backbone with one.
     """
@@ -307,4 +327,7 @@ def build_decode_head(
         raise UserError(
             f"decode_head.name {name} needs at least two maps, the backbone gives {len(channels)}"
         )
-    return HEADS[name](Given(channels, strides, num_classes, dim, dropout))
+    if projection and name == "whiten":
+        raise UserError("decode_head.projection: nothing is learned behind whiten; leave it out")
+    head = HEADS[name](Given(channels, strides, num_classes, dim, dropout))
+    return ProjectedHead(head) if projection else head

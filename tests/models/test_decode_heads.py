@@ -110,6 +110,22 @@ def test_unknown_head_is_a_user_error() -> None:
         build_decode_head("mpl", [4], [4], 3)
 
 
+def test_projection_is_an_mlp_on_each_pixel() -> None:
+    torch.manual_seed(0)
+    head = build_decode_head("fcn", [4, 6], [4, 8], 3, dim=5, projection=True).double().eval()
+    maps = pyramid([4, 6], [(6, 8), (3, 4)], torch.double)
+    got = head(maps)[0]
+    assert (head.dim, head.stride, head.every_map) == (5, 8, False)
+    first, norm, _, last = head.projection
+    x_N5 = head.head(maps)[0].permute(0, 2, 3, 1).flatten(0, 2)
+    hidden_N5 = (x_N5 @ first.weight[:, :, 0, 0].T / (1 + norm.eps) ** 0.5).relu()
+    expected_N5 = hidden_N5 @ last.weight[:, :, 0, 0].T + last.bias
+    torch.testing.assert_close(got.permute(0, 2, 3, 1).flatten(0, 2), expected_N5)
+    assert (got < 0).any()
+    with pytest.raises(UserError, match=r"decode_head\.projection: nothing is learned behind whiten"):
+        build_decode_head("whiten", [4], [4], 3, projection=True)
+
+
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("strides", [[4, 8, 16, 32], [4, 8, 8, 8]])
 def test_every_head_keeps_the_contract(name: str, strides: list[int]) -> None:
