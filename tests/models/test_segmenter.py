@@ -28,6 +28,8 @@ def test_learnable_parameters_do_not_depend_on_classes_or_prototypes() -> None:
 def test_cosine_classifier_is_scale_times_cosine_plus_bias() -> None:
     config = config_from(small(classifier="cosine", prototypes={"logit_scale": 7}), "t")
     classifier = build_model(config, 3).classifier
+    torch.testing.assert_close(classifier.weight.norm(dim=1), torch.ones(3))  # longer ones turn too slowly
+    nn.init.normal_(classifier.weight)
     nn.init.normal_(classifier.bias)
     x = torch.randn(2, 16, 2, 3)
     logits = classifier(x)
