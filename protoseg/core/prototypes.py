@@ -139,7 +139,7 @@ class PrototypeHead(nn.Module):
             drawn_P = None
             if drawn is not None:
                 image_B1 = torch.arange(len(drawn), device=drawn.device)[:, None]
-                drawn_P = (image_B1 * labels[0].numel() + drawn).flatten()
+                drawn_P = (image_B1 * (features.shape[2] * features.shape[3]) + drawn).flatten()
             scores, own_NK, right_N, emb_ND, drawn_PD = prototype_scores(
                 compared,
                 self.prototypes,
