@@ -228,11 +228,11 @@ class PixelMemory(nn.Module):
         drawn_C = torch.minimum(most_C, filled_C)
         filled_C1, drawn_C1 = filled_C.clamp(min=1)[:, None], drawn_C.clamp(min=1)[:, None]
         state_C1 = fold(draw_state(seed, step, 2), class_C1)
-        arc_Q = torch.arange(width, device=device)
-        low_CQ, high_CQ = arc_Q * filled_C1 // drawn_C1, (arc_Q + 1) * filled_C1 // drawn_C1
-        inside_CQ = to_key(fold(state_C1, arc_Q)) % (high_CQ - low_CQ).clamp(min=1)
-        turn_C1 = to_key(fold(state_C1, torch.full_like(state_C1, width))) % filled_C1
-        slot_CQ = (low_CQ + inside_CQ + turn_C1) % filled_C1
+        place = torch.arange(width + 1, device=device)  # of the arcs, and of the turn
+        low_CQ, high_CQ = (arc_Q * filled_C1 // drawn_C1 for arc_Q in (place[:-1], place[1:]))
+        inside_CQ, turn_C1 = to_key(fold(state_C1, place)).tensor_split([width], dim=1)
+        inside_CQ = inside_CQ % (high_CQ - low_CQ).clamp(min=1)
+        slot_CQ = (low_CQ + inside_CQ + turn_C1 % filled_C1) % filled_C1
         pixel_CQ = class_C1 * self.pixel_slots + slot_CQ
         if not self.region_slots:
             return pixel_CQ, drawn_C

@@ -5,37 +5,43 @@ Axes: B images, P pixels of one image (h*w), N = B*P pixels, G groups, K drawn p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 KEY_BITS = 40  # a key is a uniform integer in [0, 2**40); the bits above it hold the group in a joint sort
 NO_KEY = 1 << KEY_BITS
+Integers = TypeVar("Integers", int, Tensor)
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # constants of splitmix64, as signed 64-bit integers
 _MUL_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MUL_2 = 0x94D049BB133111EB - (1 << 64)
 
 
-def mix(x: Tensor) -> Tensor:
-    """Scramble int64 integers, one to one (the finaliser of splitmix64; arithmetic modulo 2**64)."""
+def mix(x: Integers) -> Integers:
+    """Scramble int64 integers, one to one (the finaliser of splitmix64; arithmetic modulo 2**64).
+
+    Of a Python integer, whose bits never end, the lower 64 are the result.
+    """
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MUL_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MUL_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def fold(state: Tensor, value: Tensor) -> Tensor:
-    """Add one integer to a hash state; both int64, shapes broadcast."""
+def fold(state: Integers | int, value: Integers) -> Integers:
+    """Add one integer to a hash state; shapes of tensors broadcast."""
     return mix(state + (value + 1) * _GOLDEN)
 
 
-def draw_state(seed: int, step: int | Tensor, salt: int) -> Tensor:
-    """Hash state, a 0-d int64 tensor, of one kind of draw (`salt`) in one step.
+def draw_state(seed: int, step: int | Tensor, salt: int) -> int | Tensor:
+    """Hash state of one kind of draw (`salt`) in one step, of the type of `step`: an int, or 0-d int64."""
+    state = _signed(fold(seed & ((1 << 62) - 1), salt))
+    return fold(state, step) if isinstance(step, Tensor) else _signed(fold(state, step))
 
-    On the step's device; a number's is the host, whose 0-d tensors join any device's without a copy.
-    """
-    state = fold(torch.tensor(seed & ((1 << 62) - 1)), torch.tensor(salt))
-    return fold(state, step if isinstance(step, Tensor) else torch.tensor(step))
+
+def _signed(x: int) -> int:
+    """The lower 64 bits, as int64 reads them."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def to_key(state: Tensor) -> Tensor:

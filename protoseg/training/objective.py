@@ -80,10 +80,10 @@ class Objective(nn.Module):
         labels: Labels,
         scales: LossScales,
         indices: Tensor,
-        step: Tensor,
+        step: int | Tensor,
         drawn: Tensor | None = None,
     ) -> StepOutput:
-        """Losses of images (B, 3, H, W); indices (B,) in the dataset, step 0-d int64, drawn (B, P)."""
+        """Losses of images (B, 3, H, W) that have `indices` (B,) in the dataset; step 0-d int64 or an int."""
         maps = self.model.maps(images)
         embedding, auxiliary = self.model.decode_head(maps)
         terms, out, diagnostics, projected = {}, None, {}, None

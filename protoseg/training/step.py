@@ -147,7 +147,9 @@ def train_step(run: Run, batch: Batch, stop: bool = False) -> dict[str, float]:
     start_prototypes_(run, batch.label, micro)
     labels = [known_labels(run, part) for part in micro]
     scales = run.objective.loss_scales(labels, distributed.all_reduce)
-    step = torch.full((), run.step, dtype=torch.int64, device=run.device)  # torch.tensor would wait
+    step: int | Tensor = run.step
+    if run.config.train.compile:  # a number would be part of the program; and torch.tensor would wait
+        step = torch.full((), run.step, dtype=torch.int64, device=run.device)
     outputs: list[StepOutput] = []
     for part, its_labels in zip(micro, labels):
         with gradients_stay_local(run, unless=len(outputs) == len(micro) - 1):

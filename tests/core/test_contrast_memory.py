@@ -183,6 +183,7 @@ def test_keys_depend_on_every_part_and_match_plain_integers() -> None:
         [key_of(SEED, 11, 0, int(indices[b]), int(class_BP[b, p]), p) for p in range(3)] for b in range(2)
     ]
     assert key_BP.tolist() == expected
+    assert torch.equal(pixel_keys(class_BP, indices, SEED, torch.tensor(11), 0), key_BP)
     for other in (
         pixel_keys(class_BP, indices, SEED + 1, 11, 0), pixel_keys(class_BP, indices, SEED, 12, 0),
         pixel_keys(class_BP, indices, SEED, 11, 1), pixel_keys(class_BP, indices + 1, SEED, 11, 0),
