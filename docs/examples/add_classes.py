@@ -1,13 +1,15 @@
 """Classes added without training: python docs/examples/add_classes.py [--config CONFIG --new 8,9]
 
 Trains on all classes but the new ones, adds these from a few labelled images without a gradient step, and
-compares with training on all from scratch, all scored on the same validation images. Once more after the
-prototypes were moved to the means of their pixels in training images (`refit`). What the features can give is
+compares with training on all from scratch, all scored on the same validation images. A new class gets its
+share of the labelled pixels for the prior, or an equal one. Once more after the prototypes were moved to the
+means of their pixels in training images (`refit`). What the features can give is
 shown by a linear classifier learned on them from the same few images. Before the new classes are added, their
 pixels are the unknown that distances should reveal. Finished runs in the folder --out are not trained again.
 """
 
 import argparse
+import copy
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -109,8 +111,9 @@ def scores(
 def unknown_found(
     model: Segmenter, old: tuple[Tensor, Tensor], val: Dataset, new: Sequence[str]
 ) -> tuple[float, ...]:
-    """AUROC in % of four scores, new classes' pixels against those of the old ones, a background aside:
-    distance, standardised by the cosines of each prototype's own pixels in `old`, softmax, energy."""
+    """AUROC in % of five scores, new classes' pixels against those of the old ones, a background aside:
+    distance, with the class prior, standardised by the cosines of each prototype's own pixels in `old`,
+    softmax, energy."""
     head = model.prototypes
     assert head is not None
     own_NK = own_similarities(
@@ -123,7 +126,7 @@ def unknown_found(
         mine = cosine_N[(at_N == p) & (old[1].flatten() < head.num_classes)]
         moments.append((mine.mean(), mine.std()) if len(mine) > 20 else (cosine_N.mean(), cosine_N.std()))
     mean_P, spread_P = (torch.stack(part) for part in zip(*moments))
-    found: list[list[Tensor]] = [[] for _ in range(4)]
+    found: list[list[Tensor]] = [[] for _ in range(5)]
     unknown = []
     for i in range(0, len(val), BATCH):
         features, labels = embedded(model, val, range(i, min(i + BATCH, len(val))))
@@ -135,7 +138,9 @@ def unknown_found(
         cosines_NP = head.unit_rows(features) @ head.prototypes.flatten(0, 1).t()
         best_N, at_N = cosines_NP.max(1)
         standardised = ((mean_P[at_N] - best_N) / spread_P[at_N]).view_as(labels)
-        each = (distance, standardised, 1 - logits.softmax(1).amax(1), -logits.logsumexp(1))
+        each = (
+            distance, -logits.amax(1), standardised, 1 - logits.softmax(1).amax(1), -logits.logsumexp(1)
+        )  # fmt: skip
         for values, score in zip(found, each):
             values.append(score[asked])
     return tuple(100 * float(roc_auc_score(torch.cat(unknown), torch.cat(values))) for values in found)
@@ -177,24 +182,28 @@ def main() -> None:
         train(without(config, new), few, resume="auto")
         train(config, every, resume="auto")
         chosen = {name: showing(data, name, args.images) for name in new}
+        as_old = with_classes(data, old, [(0, 0, 0)] * len(old))
         for anew in (False, True):
             model, trained, content = load_segmenter(few / "last.pt")
             head = model.prototypes
             assert head is not None
-            as_old = with_classes(data, old, [(0, 0, 0)] * len(old))
             seen = embedded(model, as_old, range(args.refit))
             if anew:
                 head.refit([seen])
             name = "the same, then refit" if anew else f"trained without {both}"
             iou[name].append(scores(model, val, old, new))
             auroc[name].append(unknown_found(model, seen, val, new))
-            for each in new:
-                features, labels = embedded(model, data, chosen[each])
-                head.add_class(features, labels == list(data.classes).index(each))
-            longer = few / "longer.pt"
-            colours = [(0, 0, 0)] * len(data.classes)
-            save_segmenter(longer, model, trained, [*old, *new], colours, content["step"])
-            iou[f"{name}, then both added"].append(scores(load_segmenter(longer)[0], val, [*old, *new], new))
+            before = copy.deepcopy(head)
+            for which, share in (("", None), (", equal shares", 1 / len(data.classes))):
+                model.classifier = head = copy.deepcopy(before)
+                for each in new:
+                    features, labels = embedded(model, data, chosen[each])
+                    head.add_class(features, labels == list(data.classes).index(each), share)
+                longer = few / "longer.pt"
+                colours = [(0, 0, 0)] * len(data.classes)
+                save_segmenter(longer, model, trained, [*old, *new], colours, content["step"])
+                added = load_segmenter(longer)[0]
+                iou[f"{name}, then both added{which}"].append(scores(added, val, [*old, *new], new))
         model, _, _ = load_segmenter(few / "last.pt")
         images = embedded(model, data, sorted({i for indices in chosen.values() for i in indices}))
         model.classifier = LinearOnUnitVectors(*images, len(data.classes))
@@ -206,6 +215,7 @@ def main() -> None:
         columns = (
             f"AUROC % for {both}",
             "1 − largest cosine",
+            "with the prior",
             "standardised",
             "1 − largest softmax",
             "energy",

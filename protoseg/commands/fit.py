@@ -48,15 +48,16 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
     torch.manual_seed(config.train.seed)
     model = build_model(config, len(train_set.classes)).to(device).eval()
     report = load_backbone_weights(model.backbone, config.backbone.name, config.backbone.weights)
-    if report:
+    if report and distributed.is_main():
         print(report)
     generator = torch.Generator().manual_seed(config.train.seed)
     indices = torch.randperm(len(train_set), generator=generator)[:images].tolist()
     started = time.perf_counter()
     place_prototypes_(model, train_set, indices, shrinkage_for(len(indices)), config.train.seed, device)
     seconds = time.perf_counter() - started
-    save_segmenter(out / "last.pt", model, config, train_set.classes, train_set.palette)
-    write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+    if distributed.is_main():  # every rank places the same; they share out the evaluation
+        save_segmenter(out / "last.pt", model, config, train_set.classes, train_set.palette)
+        write_text(out / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
     scores = evaluate_segmenter(
         model,
         config,
@@ -73,9 +74,10 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
         "prototype_health": model.require_prototypes("fit: this model").health().to_plain(),
         **run_facts(model, config, device),
     }
-    write_json(out / "results.json", results)
-    print_scores(scores, f"{config.data.val_split}, from {len(indices)} labelled images")
-    print(f"placed in {clock(seconds)}; scores in {out / 'results.json'}")
+    if distributed.is_main():
+        write_json(out / "results.json", results)
+        print_scores(scores, f"{config.data.val_split}, from {len(indices)} labelled images")
+        print(f"placed in {clock(seconds)}; scores in {out / 'results.json'}")
     return results
 
 

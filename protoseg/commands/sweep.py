@@ -22,7 +22,7 @@ from rich.table import Table
 from protoseg.commands.parser import parser_of
 from protoseg.commands.sweep_rows import Row, Sweep, load_sweep, slug
 from protoseg.commands.sweep_tables import Record, read_record, sweep_figure, to_csv, to_markdown
-from protoseg.config import load_config, to_plain
+from protoseg.config import load_config, stored_config, to_plain
 from protoseg.figures.pictures import save_figure
 from protoseg.runtime.console import plain_console
 from protoseg.runtime.errors import UserError
@@ -101,8 +101,12 @@ class Task:
         """Whether its results are there, made with this configuration."""
         if not (self.folder / "results.json").is_file():
             return False
-        made_with = yaml.safe_load((self.folder / "config.yaml").read_text())
-        return not other_learning(made_with, to_plain(load_config(self.config, self.overrides)))
+        path = self.folder / "config.yaml"
+        made_with = to_plain(stored_config(yaml.safe_load(path.read_text()), str(path)))
+        wanted = to_plain(load_config(self.config, self.overrides))
+        if wanted["data"]["value_range"] == "auto":  # training has measured it
+            wanted["data"]["value_range"] = made_with["data"]["value_range"]
+        return not other_learning(made_with, wanted)
 
 
 RunTask = Callable[[Task, Event], Any]  # returns when the run has ended; asks it to end when the event is set

@@ -105,7 +105,8 @@ def keep_features(run: Run, train_set: Dataset, val_set: Dataset) -> tuple[Datas
     )
     run.seconds += time.perf_counter() - started
     if distributed.is_main():
-        print(f"{folder}: features of {count} images computed in {clock(time.perf_counter() - started)}")
+        took = f"of {count} images computed in {clock(time.perf_counter() - started)}"
+        print(f"{folder}: features {took if count else 'of all images are there'}")
     return run.train_features, run.val_features
 
 

@@ -9,6 +9,8 @@ from PIL import Image
 from tiny import tiny_config, write_folder
 
 from protoseg.commands.cli import execute as command
+from protoseg.commands.sweep import Task
+from protoseg.commands.sweep_rows import Row
 from protoseg.data.reading.decode import read_image
 from protoseg.evaluation.inference import segment
 from protoseg.models.checkpoint import load_segmenter
@@ -46,6 +48,9 @@ def test_the_range_is_measured_once_and_used_by_all(
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(data / "labels/train/bright.png")
     assert command(train[0], [*train[1:], "train.iterations=2", "--resume", "auto"]) == 0
     assert load_segmenter(run)[1].data.value_range == (0, 4095)
+
+    row = Row("two", ("eval.samples=0", "checkpoint.interval=1", "train.iterations=2"))
+    assert Task(row, 0, run, tmp_path / "c.yaml", 2).is_finished(), "a sweep does not train it again"
 
     image = data / "images/val/0.png"
     assert command("predict", [str(run), str(image), "--out", str(tmp_path / "out")]) == 0
