@@ -41,7 +41,9 @@ KNOWN = {
     ("swin_b", "mlp"): Known(90_583_480, 768),
     ("mit_b4", "mlp"): Known(63_993_024, 768),
     ("mit_b0", "mlp"): Known(3_752_694 - 150 * 257, 256),
-    ("resnet18", "mlp"): Known(11_365_696, 128),
+    # 960 channels to the head's, four biases, four times as many to as many, a norm: with 256 and with 128.
+    ("resnet18", "mlp"): Known(11_365_696 + 966 * (256 - 128) + 4 * (256**2 - 128**2), 256),
+    ("resnet18", "mlp", 128): Known(11_365_696, 128),
     # EfficientNet-Lite0 without its last convolution and classifier, and 472 channels to 256 with a norm.
     ("timm:tf_efficientnet_lite0", "hrnet"): Known(LITE0 + 472 * 256 + 2 * 256, 256),
     # HRNet without its head, a 3×3 convolution and norm, the projection, a norm, LayerNorm over classes.
@@ -58,7 +60,8 @@ def test_config_builds_the_model_of_the_table(path: Path) -> None:
         model = build_model(config)
     linear = config.classifier == "linear"
     assert linear == ("_linear" in path.stem) == (model.prototypes is None)
-    known = KNOWN[config.backbone.name, config.decode_head.name]
+    names = (config.backbone.name, config.decode_head.name)
+    known = KNOWN.get((*names, config.decode_head.dim)) or KNOWN[names]
     classes = len(dataset_spec(config.data).classes)
     expected = known.shared + classes * known.per_class + linear * classes * (known.dim + 1)
     assert model.num_parameters == expected - config.backbone.frozen * LITE0
