@@ -193,12 +193,11 @@ def main() -> None:
             name = "the same, then refit" if anew else f"trained without {both}"
             iou[name].append(scores(model, val, old, new))
             auroc[name].append(unknown_found(model, seen, val, new))
-            before = copy.deepcopy(head)
             for which, share in (("", None), (", equal shares", 1 / len(data.classes))):
-                model.classifier = head = copy.deepcopy(before)
+                model.classifier = longer_head = copy.deepcopy(head)
                 for each in new:
                     features, labels = embedded(model, data, chosen[each])
-                    head.add_class(features, labels == list(data.classes).index(each), share)
+                    longer_head.add_class(features, labels == list(data.classes).index(each), share)
                 longer = few / "longer.pt"
                 colours = [(0, 0, 0)] * len(data.classes)
                 save_segmenter(longer, model, trained, [*old, *new], colours, content["step"])

@@ -83,7 +83,10 @@ class Objective(nn.Module):
         step: int | Tensor,
         drawn: Tensor | None = None,
     ) -> StepOutput:
-        """Losses of images (B, 3, H, W) that have `indices` (B,) in the dataset; step 0-d int64 or an int."""
+        """Losses of images (B, 3, H, W).
+
+        indices (B,) in the dataset; step an int or 0-d int64; drawn (B, P): the pixels PPC is computed of.
+        """
         maps = self.model.maps(images)
         embedding, auxiliary = self.model.decode_head(maps)
         terms, out, diagnostics, projected = {}, None, {}, None
