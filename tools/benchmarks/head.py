@@ -5,7 +5,9 @@ Forward, backward, clustering and update:
     python tools/benchmark.py head [--device cpu|cuda] [--repeats 5] [--case N D C K ...] [--threads 2]
 
 Both start from the same feature map and give the same losses and (up to rounding) the same new prototypes.
-"Default" is ours with PPC of one pixel in eight, as configs have it; "ours" has PPC of all, as the reference.
+"Ours" has PPC of all pixels and no class prior, as the reference; "default" PPC of one pixel in eight and the
+prior, as configs have it; "prior + rule" is its time over that of the same without the prior, moved by all
+pixels of a class instead of the rightly classified ones.
 Times are medians of alternating repeats. Floors are the bare products of pixels and prototypes: two where
 scores are kept for backward, three where they are computed again. Memory is the peak of tensors
 alive beyond the inputs, from the allocator's own events (CUDA: max_memory_allocated).
@@ -13,6 +15,7 @@ alive beyond the inputs, from the allocator's own events (CUDA: max_memory_alloc
 
 import argparse
 import statistics
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +75,22 @@ def measure(
     labels = torch.randint(0, c, (2, n // 2 // side, side), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.05] = IGNORE
     labels = labels.to(device)
-    head = PrototypeHead(
-        d,
-        c,
-        k,
-        ignore_index=IGNORE,
-        start="random",
-        momentum=MOMENTUM,
-        prior="none",  # so that both losses are the same number
-        score_dtype="float32" if dtype == torch.float32 else "bfloat16",
-    ).to(device)
+
+    def new_head(**settings: Any) -> PrototypeHead:
+        score_dtype = "float32" if dtype == torch.float32 else "bfloat16"
+        return PrototypeHead(
+            d,
+            c,
+            k,
+            ignore_index=IGNORE,
+            start="random",
+            momentum=MOMENTUM,
+            score_dtype=score_dtype,
+            **settings,
+        ).to(device)
+
+    head = new_head(prior="none")  # so that both losses are the same number
+    with_prior, without_rule = new_head(), new_head(prior="none", update_pixels="all")
     share = int(LossConfig().ppc_pixels * n / 2)
     drawn = draw_pixels(torch.arange(2), n // 2, share, seed=0, step=0).to(device)
     plain = head.prototypes.clone()
@@ -96,7 +105,11 @@ def measure(
 
     def run_default() -> Tensor:
         features.grad = None
-        return ours(head, features, labels, drawn)
+        return ours(with_prior, features, labels, drawn)
+
+    def run_without_rule() -> Tensor:
+        features.grad = None
+        return ours(without_rule, features, labels, drawn)
 
     def run_plain() -> Tensor:
         features.grad = None
@@ -109,11 +122,13 @@ def measure(
 
     losses = run_ours(), run_plain()
     grown = [peak_bytes(run, device) for run in (run_ours, run_plain, run_default)]
+    run_without_rule()
     two_products()
-    seconds: dict[str, list[float]] = {"ours": [], "default": [], "plain": [], "two": []}
+    seconds: dict[str, list[float]] = {"ours": [], "default": [], "without_rule": [], "plain": [], "two": []}
     for repeat in range(repeats):
         seconds["ours"].append(timed(run_ours, device))
         seconds["default"].append(timed(run_default, device))
+        seconds["without_rule"].append(timed(run_without_rule, device))
         if plain_repeats is None or repeat < plain_repeats:
             seconds["plain"].append(timed(run_plain, device))
         seconds["two"].append(timed(two_products, device))
@@ -130,7 +145,8 @@ def print_row(n: int, d: int, c: int, k: int, found: dict[str, float]) -> None:
     """One row of the table."""
     mine, plain, two, default = (found[f"{name}_ms"] for name in ("ours", "plain", "two", "default"))
     print(
-        f"| {n} | {d} | {c} | {k} | {default:.0f} | {found['default_mb']:.0f} | {mine:.0f} | {plain:.0f}"
+        f"| {n} | {d} | {c} | {k} | {default:.0f} | {default / found['without_rule_ms']:.3f}"
+        f" | {found['default_mb']:.0f} | {mine:.0f} | {plain:.0f}"
         f" | {plain / mine:.2f} | {two:.0f} | {mine / two:.2f} | {mine / two / 1.5:.2f}"
         f" | {found['ours_mb']:.0f} | {found['plain_mb']:.0f} | 1/{found['plain_mb'] / found['ours_mb']:.1f}"
         f" | {found['loss_difference']:.1e} |",
@@ -150,10 +166,10 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     print(f"{machine(device)}; torch {torch.__version__}; float32; median of {args.repeats} repeats")
-    print("| N | D | C | K | default ms | default MB | ours ms | straightforward ms | times faster"
-          " | two products ms | ours / two"
+    print("| N | D | C | K | default ms | prior + rule | default MB | ours ms"
+          " | straightforward ms | times faster | two products ms | ours / two"
           " | ours / three | ours MB | straightforward MB | memory | loss difference |")  # fmt: skip
-    print("|" + "---|" * 16)
+    print("|" + "---|" * 17)
     for case in args.case or CASES:
         n, d, c, k = case
         print_row(n, d, c, k, measure(n, d, c, k, device, args.repeats))
