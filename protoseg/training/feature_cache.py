@@ -18,6 +18,7 @@ from protoseg.config import Config
 from protoseg.data.file_dataset import Dataset, DatasetView
 from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime import distributed
+from protoseg.runtime.console import with_bar
 from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import make_folder, whole_file
 
@@ -60,13 +61,16 @@ class FeatureCache(DatasetView):
         # By the image's number: ranks look at different times, and may find different files missing.
         missing = [i for i, file in enumerate(self.files) if not file.is_file()]
         mine = [i for i in missing if i % distributed.world_size() == distributed.rank()]
-        for i in mine:
+        for i in with_bar(mine, "features", len(mine), shown=distributed.is_main()):
             image, _ = self.dataset.read(i)
             if self.size is not None:
                 if image.shape[1] > self.size[0] or image.shape[2] > self.size[1]:
+                    shapes = [self.dataset.label(each).shape for each in range(len(self))]
+                    enough = [max(sizes) for sizes in zip(*shapes)]
                     raise UserError(
                         f"data.cache_features: {self.name(i)} has {image.shape[1]} × {image.shape[2]} pixels,"
-                        f" data.crop {self.size[0]} × {self.size[1]}; whole images are kept: enlarge the crop"
+                        f" data.crop {self.size[0]} × {self.size[1]}; whole images are kept: set data.crop to"
+                        f" {enough}, which holds all {len(self)}, or to more"
                     )
                 image = torch.stack([padded(x, self.size, c) for x, c in zip(image, model.mean_colour)])
             with torch.inference_mode(), autocast(config, device):

@@ -179,7 +179,10 @@ def test_an_interrupted_fill_goes_on(root: Path, tmp_path: Path, monkeypatch: py
     [
         ({"backbone": {"name": "timm:test_efficientnet"}}, "cache_features needs backbone.frozen: true"),
         ({"data": {"flip": 0.5}}, "keeps whole images as they are: set data.scale: [1, 1], flip: 0"),
-        ({"data": {"crop": [48, 64]}}, "has 64 × 64 pixels, data.crop 48 × 64; whole images are kept"),
+        (
+            {"data": {"crop": [48, 64]}},
+            "crop 48 × 64; whole images are kept: set data.crop to [64, 64], which holds all 3",
+        ),
         ({"data": {"cache_gb": 1e-6}}, "images would take 0.0 GB, data.cache_gb allows 1e-06; raise it"),
         ({"data": {"cache_mb": 9}}, "data.cache_mb: with data.cache_features no image is read; leave one of"),
         ({"decode_head": {"stride": 5}}, "decode_head.stride 5 is not possible: the backbone has maps at"),
