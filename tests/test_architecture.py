@@ -46,7 +46,7 @@ HOUSE = {
         "foreign_backbone",
         "foreign_segmenter",
     ],
-    "evaluation": ["inference nearest_patches prototype_use level_scores", "scores predictor", "tables"],
+    "evaluation": ["inference nearest_patches level_scores", "prototype_use scores predictor", "tables"],
     "figures": ["pictures survey", "training_figures sample_figures prototype_figures score_figures", "page"],
     "training": ["objective feature_cache placement track", "optimizer log", "step", "resume", "loop"],
     "commands": [

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ import yaml
 from protoseg.commands.parser import parser_of
 from protoseg.config import Config, load_config, to_plain
 from protoseg.data.datasets import data_tree, measured, open_dataset
+from protoseg.data.loader import EvalLoader
 from protoseg.evaluation.inference import InferenceSettings
+from protoseg.evaluation.prototype_use import embeddings, prototype_use
 from protoseg.evaluation.scores import evaluate_segmenter
 from protoseg.evaluation.tables import print_scores
 from protoseg.models.build import build_model
@@ -67,11 +70,15 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
         title=config.data.val_split,
         tree=data_tree(config.data, train_set.classes),
     )
+    head = model.require_prototypes("fit: this model")
+    ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    with closing(EvalLoader(val_set, workers=config.data.workers, **ranks)) as loader:
+        use = prototype_use(head, embeddings(model, config, loader, device))
     results = {
         **scores.to_plain(),
         "images": len(indices),
         "seconds": round(seconds, 1),
-        "prototype_health": model.require_prototypes("fit: this model").health().to_plain(),
+        "prototype_health": head.health().to_plain() | use,
         **run_facts(model, config, device),
     }
     if distributed.is_main():

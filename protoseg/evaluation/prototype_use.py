@@ -3,17 +3,42 @@
 C classes, K prototypes per class, N pixels of one image at the embedding's resolution.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from protoseg.config import Config
 from protoseg.core.clustering import cluster_counts
 from protoseg.core.health import perplexity
+from protoseg.core.losses import downsample_labels
 from protoseg.core.prototypes import PrototypeHead
 from protoseg.core.similarity import own_similarities
+from protoseg.data.loader import EvalLoader
+from protoseg.evaluation.inference import WHOLE_PIXELS
+from protoseg.models.segmenter import Segmenter, autocast
 from protoseg.runtime.distributed import all_reduce
 from protoseg.runtime.files import none_if_nan
+
+
+def embeddings(
+    model: Segmenter,
+    config: Config,
+    loader: EvalLoader,
+    device: torch.device,
+    maps: Callable[[Tensor, torch.device], list[Tensor]] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Embedding maps (1, D, h, w) of whole images and labels (1, h, w); too large images are left out.
+
+    maps: gives the backbone's maps of the images whose numbers the loader gives in place of images.
+    """
+    model.eval()
+    for image, label, _, _ in loader:
+        if maps is None and image.shape[-2] * image.shape[-1] > WHOLE_PIXELS:
+            continue
+        with torch.inference_mode(), autocast(config, device):
+            embedding = model.embed(image[None].to(device) if maps is None else maps(image, device))
+        yield embedding, downsample_labels(label[None].to(device), embedding.shape[-2:])
 
 
 @torch.inference_mode()  # as the embeddings of an evaluation are made in

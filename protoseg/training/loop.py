@@ -13,14 +13,13 @@ import yaml
 from torch import Tensor
 
 from protoseg.config import Config, stored_config, to_plain
-from protoseg.core.losses import downsample_labels
 from protoseg.data.datasets import measured, open_dataset
 from protoseg.data.file_dataset import Dataset
 from protoseg.data.in_memory import in_memory
 from protoseg.data.loader import EvalLoader, train_loader
 from protoseg.data.transforms import TrainTransform
-from protoseg.evaluation.inference import WHOLE_PIXELS, InferenceSettings, Prediction, most_likely, segment
-from protoseg.evaluation.prototype_use import prototype_use
+from protoseg.evaluation.inference import InferenceSettings, Prediction, most_likely, segment
+from protoseg.evaluation.prototype_use import embeddings, prototype_use
 from protoseg.evaluation.scores import Scores, evaluate
 from protoseg.evaluation.tables import print_scores
 from protoseg.models.checkpoint import load_checkpoint, save_checkpoint
@@ -191,7 +190,10 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
         **run_facts(run.model, run.config, run.device),
     }
     if run.model.prototypes is not None:
-        use = prototype_use(run.model.prototypes, validation_embeddings(run, val_loader))
+        maps = run.val_features.maps if run.val_features is not None else None
+        use = prototype_use(
+            run.model.prototypes, embeddings(run.model, run.config, val_loader, run.device, maps)
+        )
         results["prototype_health"] = run.model.prototypes.health().to_plain() | use
     if run.contrast is not None:
         results["contrast_empty_steps"] = run.empty_steps
@@ -203,21 +205,6 @@ def finish(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> d
             f"trained in {clock(run.seconds)}; scores in {out / 'results.json'}, curves and samples beside it"
         )
     return results
-
-
-def validation_embeddings(run: Run, val_loader: EvalLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Embedding maps of whole images with labels of their size; too large images are left out."""
-    run.model.eval()
-    for image, label, _, _ in val_loader:
-        if run.val_features is None and image.shape[-2] * image.shape[-1] > WHOLE_PIXELS:
-            continue
-        with torch.inference_mode(), autocast(run.config, run.device):
-            if run.val_features is None:
-                embedding = run.model.embed(image[None].to(run.device))
-            else:
-                embedding = run.model.embed(run.val_features.maps(image, run.device))
-        yield embedding, downsample_labels(label[None].to(run.device), embedding.shape[-2:])
-    run.model.train()
 
 
 def score(run: Run, out: Path, log: RunLog | None, val_loader: EvalLoader) -> Scores:

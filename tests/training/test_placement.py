@@ -15,6 +15,7 @@ from protoseg.config import config_from, load_config
 from protoseg.models.build import build_model
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.decode_heads import build_decode_head
+from protoseg.runtime import distributed
 from protoseg.training.placement import Moments, place_prototypes_, shrinkage_for
 
 
@@ -120,6 +121,7 @@ def test_the_command_writes_a_run_that_the_others_take(
     results = json.loads((run / "results.json").read_text())
     assert (results["images"], results["parameters"]) == (3, 0)
     assert len(results["prototype_health"]["effective_k"]) == 3
+    assert all(0 < cosine <= 1 for cosine in results["prototype_health"]["own_cosine"])
     model, _, content = load_segmenter(run)
     assert content["classes"] == CLASSES
     assert not torch.equal(model.decode_head.whitening, torch.eye(model.decode_head.dim))
@@ -143,6 +145,17 @@ def test_the_command_writes_a_run_that_the_others_take(
         assert message in capsys.readouterr().err
     assert command("train", [str(config), "--out", str(tmp_path / "x")]) == 2
     assert "nothing in this model learns; use the command fit" in capsys.readouterr().err
+
+
+def test_other_ranks_neither_print_nor_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "data")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values(tmp_path / "data")))
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    assert command("fit", [str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_config_learns_nothing() -> None:
