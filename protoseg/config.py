@@ -192,6 +192,10 @@ class Config(Section):
             raise ValueError(
                 "data.cache_mb: with data.cache_features no image is read; leave one of them out"
             )
+        if self.eval.window is not None:
+            raise ValueError(
+                "eval.window: with data.cache_features images are evaluated whole; leave one out"
+            )
         d = self.data
         if (d.scale, d.flip, d.photometric, d.on_error) != ((1, 1), 0, False, "raise"):
             raise ValueError(
@@ -254,13 +258,16 @@ BEFORE: dict[str, Any] = {
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or a shipped one by name, and apply `key.sub=value` overrides (values are YAML).
 
+    A preset among the overrides is stronger than the file, and weaker than the other overrides.
     Errors: UserError naming the file or override, the key, and the nearest valid key or the allowed values.
     """
     path = find_config(path)
     values = read_yaml(path)
     check_keys(Config, values, str(path))
-    for override in overrides:
-        values = merge(values, parse_override(override))
+    changes = [parse_override(override) for override in overrides]
+    presets = [PRESETS.get(str(change.get("preset")), {}) for change in changes]
+    for change in presets + changes:
+        values = merge(values, change)
     return config_from(values, " with ".join([str(path), *overrides]))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from protoseg.config import config_from, load_config, merge_into_trained, to_plain
+from protoseg.config import config_from, load_config, merge_into_trained, stored_config, to_plain
 from protoseg.runtime.config_keys import differing_keys, merge
 from protoseg.runtime.errors import UserError
 
@@ -64,6 +64,28 @@ def test_later_values_win(tmp_path: Path) -> None:
     assert config.prototypes.num_per_class == 7  # the command line over the file
     assert config.optim.lr == 1e-3
     assert config.data.crop == (32, 64)
+
+
+def test_preset_on_the_command_line_is_stronger_than_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "prototypes: {logit_scale: 30, num_per_class: 4}\nloss: {ppd: 0.3}")
+    config = load_config(path, ["loss.ppc=0.5", "preset=paper"])
+    assert (config.prototypes.logit_scale, config.loss.ppd, config.prototypes.prior) == (1, 0.01, "none")
+    assert config.prototypes.num_per_class == 4  # not the preset's to say
+    assert config.loss.ppc == 0.5  # the other overrides over the preset
+
+
+def test_stored_configuration_means_what_it_meant() -> None:
+    """Keys that came later have the value of before, those that have left are dropped."""
+    stored = to_plain(config_from({"prototypes": {"start": "random"}}, "c"))
+    for section, key in (("prototypes", "prior"), ("prototypes", "momentum"), ("loss", "ppc_pixels")):
+        del stored[section][key]
+    stored["prototypes"]["update_pixels"] = "correct"
+    stored["prototypes"]["left"] = 1
+    config = stored_config(stored, "last.pt")
+    assert (config.prototypes.prior, config.prototypes.momentum, config.loss.ppc_pixels) == ("none", 0.999, 1)
+    assert (config.prototypes.update_pixels, config.prototypes.start) == ("correct", "random")
+    del stored["prototypes"]["update_pixels"]
+    assert stored_config(stored, "last.pt").prototypes.update_pixels == "all"
 
 
 def test_resolved_config_loads_to_itself(tmp_path: Path) -> None:

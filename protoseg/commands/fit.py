@@ -24,7 +24,6 @@ from protoseg.runtime.errors import UserError
 from protoseg.runtime.files import write_json, write_text
 from protoseg.training.log import run_facts
 from protoseg.training.placement import place_prototypes_, shrinkage_for
-from protoseg.training.resume import checkpoint_to_resume
 from protoseg.weights.foreign_backbone import load_backbone_weights
 
 
@@ -38,7 +37,10 @@ def fit(config: Config, out: Path, images: int | None = None) -> dict[str, objec
             f"decode_head.name {config.decode_head.name} with classifier {config.classifier} has to be"
             " trained; fit needs decode_head.name: whiten and classifier: prototypes"
         )
-    checkpoint_to_resume(out, None)
+    if config.data.cache_features:
+        raise UserError("data.cache_features: fit goes through the images once; leave it out")
+    if (out / "last.pt").exists():
+        raise UserError(f"{out}: this folder already holds a run; choose another by --out")
     config = measured(config)
     train_set, val_set = (
         open_dataset(config, split) for split in (config.data.train_split, config.data.val_split)

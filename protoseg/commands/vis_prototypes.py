@@ -178,7 +178,8 @@ def write_gallery(runs: Sequence[Path], overrides: Sequence[str], args: argparse
             for number, patches in enumerate(deeds.patches)
         },
     )
-    in_use_C = np.where(live_C, prototypes_in_use(deeds.share_CK), np.nan)
+    in_use_C = prototypes_in_use(deeds.share_CK)
+    in_use_C = np.where(live_C & (in_use_C > 0), in_use_C, np.nan)  # 0: in none of the images looked at
     fewest = int(np.nanargmin(in_use_C))
     print(
         f"in use: {np.nanmean(in_use_C):.1f} of {head.num_prototypes} prototypes per class;"

@@ -28,7 +28,7 @@ SEEN = 0.999  # decay per update of the pixel counts behind the class prior
 
 
 class PrototypeHead(nn.Module):
-    """Classify each pixel by its nearest prototype, K per class (ProtoSeg, CVPR 2022).
+    """Classify each pixel by its nearest prototype and a class prior, K per class (ProtoSeg, CVPR 2022).
 
     features (B, D, h, w) → logits (B, C, h, w) = logit_scale · max over k of the cosine, plus the log of the
     class's share of the labelled pixels seen so far. Half types are promoted to float32, double stays double.
@@ -36,8 +36,8 @@ class PrototypeHead(nn.Module):
     nothing else: `prototypes` (C, K, D) of unit length, `initialized` (C,), `pixel_counts` (C,) behind the
     prior, and counters of recent steps.
 
-    dim: D. num_prototypes: K. iterations: length of the run, for momentum "auto". settings: other fields of
-    `PrototypeSettings`. all_reduce(tensor, "sum" | "max"): joins distributed ranks.
+    dim: D. num_prototypes: K. iterations: length of the run, from which momentum "auto" follows. settings:
+    other fields of `PrototypeSettings`. all_reduce(tensor, "sum" | "max"): joins distributed ranks.
     """
 
     prototypes: Tensor
@@ -206,8 +206,10 @@ class PrototypeHead(nn.Module):
         self.prototypes.copy_(protos_CKD)
         self.initialized.logical_or_(placed_CK.any(1))
         # What was revived counts as used like the others until it has shown whether it is.
-        equal_CK = self.nearest_usage.mean(1, keepdim=True).expand_as(self.nearest_usage)
-        self.nearest_usage.copy_(torch.where(placed_CK, equal_CK, self.nearest_usage))
+        pixels_C1 = self.nearest_usage.sum(1, keepdim=True)
+        shared_CK = torch.where(placed_CK, pixels_C1 / self.num_prototypes, self.nearest_usage)
+        together_C1 = shared_CK.sum(1, keepdim=True).clamp(min=1e-30)
+        self.nearest_usage.copy_(shared_CK * (pixels_C1 / together_C1))
 
     def known(self, labels: Tensor) -> Tensor:
         """Labels, integers of any shape, with ignore_index for classes that have no prototypes.

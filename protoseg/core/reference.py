@@ -78,6 +78,11 @@ def moving(emb: Tensor, labels: Tensor, protos: Tensor) -> Tensor:
     return right
 
 
+def count(counts: Tensor, labels: Tensor) -> Tensor:
+    """n_c ← 0.999·n_c + the class's pixels in this step: what the prior of the next step is made of (C,)."""
+    return 0.999 * counts + torch.bincount(labels[labels >= 0], minlength=len(counts))
+
+
 def update(
     protos: Tensor, emb: Tensor, labels: Tensor, assignment: Tensor, moves: Tensor, momentum: float
 ) -> Tensor:

@@ -4,7 +4,7 @@ import io
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -110,6 +110,15 @@ class Segmentation:
         return buffer.getvalue()
 
 
+class Candidate(NamedTuple):
+    """A class that a pixel could get."""
+
+    class_name: str
+    prototype: int  # the nearest one of the class, 0 … K−1
+    cosine: float  # of the pixel's cell with it
+    logit: float  # with the class prior: what decides
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Why a pixel got its class."""
@@ -117,7 +126,8 @@ class Explanation:
     class_name: str
     prototype: int  # of the class, 0 … K−1
     cosine: float  # of the pixel's cell with it
-    others: list[tuple[str, int, float]]  # other classes: their nearest prototype and its cosine, best first
+    logit: float  # with the class prior: what decides
+    others: list[Candidate]  # the other classes, the largest logit first
     patches: list[NearPatch] = field(repr=False)  # of training images; where `vis_prototypes` has kept them
 
 
@@ -195,13 +205,15 @@ class Predictor(ModelHubMixin):
             here = embedding[:, :, (y - top) // cell, (x - left) // cell, None, None]
             emb_D = head.unit_rows(here)[0]
             cosine_CK = (head.prototypes.to(emb_D.dtype) @ emb_D).masked_fill(~head.initialized[:, None], -1)
+            logit_C = head(here)[0, :, 0, 0].tolist()
         best_C, nearest_C = (part.tolist() for part in cosine_CK.max(1))
-        order = sorted((i for i in range(len(best_C)) if i != c), key=lambda i: -best_C[i])
+        each = [Candidate(*values) for values in zip(self.classes, nearest_C, best_C, logit_C)]
         return Explanation(
             self.classes[c],
             k,
             float(cosine_CK[c, k]),
-            [(self.classes[i], nearest_C[i], best_C[i]) for i in order],
+            logit_C[c],
+            sorted(each[:c] + each[c + 1 :], key=lambda other: -other.logit),
             load_patches(self.folder / FILE, c * head.num_prototypes + k) if self.folder else [],
         )
 

@@ -2,7 +2,7 @@
 
 N pixels of one image at embedding resolution (h, w), C classes, K prototypes per class, D channels.
 A prototype's number is c·K + k. It "wins" the pixels that the model gives to its class and that are nearer to
-it than to its siblings; where the scores are cosines, it then is the nearest of all.
+it than to its siblings. It then is the nearest of all where scores are cosines and no class prior is added.
 """
 
 import heapq

@@ -43,6 +43,11 @@ class Backbone(nn.Module):
         self.channels: list[int] = net.channels[self.first :]
         self.strides: list[int] = strides[self.first :]
         self.frozen = frozen
+        if frozen and getattr(net, "pyramid", None) is not None:
+            raise UserError(
+                "backbone.frozen: the maps of a plain ViT come from layers that are new and have to learn;"
+                " train it whole, or take a backbone of several stages, such as a Swin"
+            )
         if frozen:
             self.requires_grad_(False).eval()
         trained = getattr(net, "pretrained_cfg", {})

@@ -49,17 +49,22 @@ class FeatureCache(DatasetView):
 
     def maps(self, indices: Tensor, device: torch.device) -> list[Tensor]:
         """The backbone's maps of these samples (B, c_i, h_i, w_i), half precision."""
-        read = [torch.load(self.files[i], weights_only=True) for i in indices.flatten().tolist()]
+        read = [kept_maps(self.files[i]) for i in indices.flatten().tolist()]
         return [torch.stack(each).to(device, non_blocking=True) for each in zip(*read)]
 
-    def fill(self, model: Segmenter, config: Config, device: torch.device) -> int:
+    def missing(self) -> list[int]:
+        """Numbers of the images whose maps are not there."""
+        return [i for i, file in enumerate(self.files) if not file.is_file()]
+
+    def fill(self, model: Segmenter, config: Config, device: torch.device, to_come: int = 0) -> int:
         """Compute what is missing, every rank its share; returns how many images that were on all ranks.
 
-        It waits for the other ranks: then everything is there. Errors: UserError where the maps would take
-        more than data.cache_gb, or more than the disk has.
+        to_come: images that other caches will add to the folder, thought as large. It waits for the other
+        ranks: then everything is there. Errors: UserError where all maps in the folder of caches would take
+        more than data.cache_gb, or more than the disk has, or where half precision does not hold them.
         """
         # By the image's number: ranks look at different times, and may find different files missing.
-        missing = [i for i, file in enumerate(self.files) if not file.is_file()]
+        missing = self.missing()
         mine = [i for i in missing if i % distributed.world_size() == distributed.rank()]
         for i in with_bar(mine, "features", len(mine), shown=distributed.is_main()):
             image, _ = self.dataset.read(i)
@@ -76,25 +81,49 @@ class FeatureCache(DatasetView):
             with torch.inference_mode(), autocast(config, device):
                 maps = [x[0].half().cpu() for x in model.maps(image[None].to(device))]
             if i == mine[0]:
-                self.require_room(sum(x.nbytes for x in maps), len(missing), config.data.cache_gb)
+                require_room(
+                    self.files[i].parent,
+                    sum(x.nbytes for x in maps) * (len(missing) + to_come),
+                    config.data.cache_gb,
+                )
+            if not all(x.isfinite().all() for x in maps):
+                raise UserError(
+                    f"data.cache_features: half precision does not hold the maps of {self.name(i)};"
+                    " set cache_features to false"
+                )
             with whole_file(self.files[i]) as part:
                 torch.save([x.clone() for x in maps], part)
         return int(distributed.all_reduce(torch.tensor(len(mine), device=device)))
 
-    def require_room(self, size: int, count: int, most_gb: float) -> None:
-        folder = self.files[0].parent
-        make_folder(folder)
-        total, free = size * len(self), shutil.disk_usage(folder).free
-        if total > most_gb * 1e9:
-            raise UserError(
-                f"data.cache_features: the maps of {len(self)} images would take {total / 1e9:.1f} GB,"
-                f" data.cache_gb allows {most_gb:g}; raise it or set cache_features to false"
-            )
-        if size * count > free:
-            raise UserError(
-                f"{folder}: the maps of {count} images need {size * count / 1e9:.1f} GB,"
-                f" {free / 1e9:.1f} are free; name another folder in data.cache_features"
-            )
+
+def require_room(folder: Path, needed: int, most_gb: float) -> None:
+    """Errors: UserError if so many bytes more are too many for data.cache_gb, or for the disk.
+
+    The limit is for the folder above, where the maps of all backbones lie.
+    """
+    make_folder(folder)
+    root, free = folder.parent, shutil.disk_usage(folder).free
+    there = sum(file.stat().st_size for file in root.glob("*/*.pt"))
+    if there + needed > most_gb * 1e9:
+        raise UserError(
+            f"{root}: {needed / 1e9:.3g} GB of maps would come to {there / 1e9:.3g} that are there,"
+            f" data.cache_gb allows {most_gb:g}; raise it, delete the folder, or turn data.cache_features off"
+        )
+    if needed > free:
+        raise UserError(
+            f"{folder}: the maps need {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free;"
+            " name another folder in data.cache_features"
+        )
+
+
+def kept_maps(file: Path) -> list[Tensor]:
+    """The maps in a file. Errors: UserError if it is damaged or gone."""
+    try:
+        return torch.load(file, weights_only=True)
+    except Exception:  # damaged bytes can end in any error of the unpickler
+        raise UserError(
+            f"{file}: the maps in it cannot be read; delete this file, and the next start computes them again"
+        ) from None
 
 
 def padded(values: Tensor, size: tuple[int, int], fill: int) -> Tensor:
@@ -107,6 +136,8 @@ def cache_folder(model: Segmenter, config: Config) -> Path:
     chosen = config.data.cache_features
     root = DEFAULT_FOLDER if isinstance(chosen, bool) else chosen
     about = [
+        str(model.backbone),  # with what is no tensor, such as a norm's epsilon
+        getattr(model.backbone.net, "align_corners", None),
         config.backbone.name,
         config.backbone.output_stride,
         model.backbone.strides,

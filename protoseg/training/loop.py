@@ -99,9 +99,9 @@ def keep_features(run: Run, train_set: Dataset, val_set: Dataset) -> tuple[Datas
     started, folder = time.perf_counter(), cache_folder(run.model, run.config)
     run.train_features = FeatureCache(train_set, folder, run.config.data.crop)
     run.val_features = FeatureCache(val_set, folder, None)
-    count = sum(
-        each.fill(run.model, run.config, run.device) for each in (run.train_features, run.val_features)
-    )
+    count = run.train_features.fill(
+        run.model, run.config, run.device, to_come=len(run.val_features.missing())
+    ) + run.val_features.fill(run.model, run.config, run.device)
     run.seconds += time.perf_counter() - started
     if distributed.is_main():
         took = f"of {count} images computed in {clock(time.perf_counter() - started)}"

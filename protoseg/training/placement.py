@@ -13,13 +13,14 @@ from torch import Tensor
 
 from protoseg.core.clustering import cluster_means
 from protoseg.core.losses import downsample_labels
-from protoseg.core.similarity import own_similarities, unit
+from protoseg.core.similarity import own_similarities
 from protoseg.core.start import start_prototypes
 from protoseg.core.update import momentum_update
 from protoseg.data.file_dataset import Dataset
 from protoseg.models.decode_heads import WhitenHead
 from protoseg.models.maps import concatenate
 from protoseg.models.segmenter import Segmenter
+from protoseg.runtime.errors import UserError
 
 KEPT_PIXELS = 20_000  # of a class, about, for the clustering; the covariance takes all
 ROUNDS = 10
@@ -74,6 +75,7 @@ def place_prototypes_(
 
     Each class's pixels are clustered by the nearest prototype, from a balanced start; the prior is that of
     all labelled pixels. Classes that the images do not show keep no prototypes.
+    Errors: UserError where no pixel is labelled.
     """
     head, classifier = model.decode_head, model.require_prototypes("fit: this model")
     assert isinstance(head, WhitenHead)
@@ -92,11 +94,16 @@ def place_prototypes_(
         for c in labels_N.unique():
             chosen = order_N[labels_N[order_N] == c][:most]
             kept.append((rows_ND[chosen].half(), labels_N[chosen]))
+    if not kept:
+        raise UserError(
+            f"fit: no pixel is labelled in the {len(indices)} training images that were drawn; take more by"
+            " --images, or others by train.seed"
+        )
     centre_D, whitening_DD = moments.centre_and_whitening(shrinkage)
     head.centre.copy_(centre_D)
     head.whitening.copy_(whitening_DD)
     rows_ND, labels_N = (torch.cat(each).to(device) for each in zip(*kept))
-    emb_ND = unit((rows_ND.float() - head.centre) @ head.whitening)
+    emb_ND = classifier.unit_rows(((rows_ND.float() - head.centre) @ head.whitening).T[None, :, :, None])
     size = (classifier.num_classes, classifier.num_prototypes)
     protos_CKD, placed_CK = start_prototypes(
         emb_ND, labels_N, classifier.prototypes, torch.ones(size, dtype=torch.bool, device=device)
@@ -110,3 +117,4 @@ def place_prototypes_(
     classifier.pixel_counts.copy_(moments.counts_C)
     classifier.usage.copy_(counts_CK)
     classifier.nearest_usage.copy_(counts_CK)
+    classifier.agreeing.copy_(counts_CK.sum(1))

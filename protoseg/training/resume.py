@@ -48,6 +48,8 @@ def save(run: Run, out: Path) -> None:
             "seconds": run.seconds,
             "empty_steps": run.empty_steps,
         }
+        if run.model.prototypes is not None:
+            rest["momentum"] = run.model.prototypes.momentum
         if run.contrast is not None:
             rest["contrast"] = run.contrast.state_dict()
         save_checkpoint(out / "last.pt", model_content(run) | rest)
@@ -72,6 +74,8 @@ def restore(run: Run, content: dict[str, Any], path: Path) -> None:
         run.optimizer.param_groups, run.schedule.base_lrs, run.schedule.lr_lambdas
     ):
         group["lr"] = base * factor(run.step)  # another one if the run is extended
+    if run.model.prototypes is not None:  # "auto" is made for the run as it began: it may be extended since
+        run.model.prototypes.momentum = content.get("momentum", run.model.prototypes.momentum)
     run.unseen = unseen_classes(run.model)
     if len(content["generators"]) == distributed.world_size():
         generators = content["generators"][distributed.rank()]

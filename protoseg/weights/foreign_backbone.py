@@ -81,8 +81,8 @@ class ImportReport:
         return "\n".join(lines + self.notes)
 
 
-def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> ImportReport | None:
-    """Load `weights` into a backbone built as `name`; in place, None for `none`.
+def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> ImportReport | str | None:
+    """Load `weights` into a backbone built as `name`; in place. Returns what there is to say.
 
     weights: `none`; `timm` for timm's own pretrained ones (downloaded or cached); `package` for those of an
     installed Python package, see PACKAGES; `hf:owner/model` for a model of the hub; or the path of a .pth or
@@ -90,7 +90,8 @@ def load_backbone_weights(backbone: Backbone, name: str, weights: str) -> Import
     Errors: UserError where there is nothing to load, a tensor has another shape, or a file cannot be read.
     """
     if weights == "none":
-        return None
+        random = "note: backbone.weights is none: the frozen backbone stays as random as it is drawn"
+        return random if backbone.frozen else None
     if weights == "timm":
         state = timm_state(backbone, name)
     elif weights == "package":

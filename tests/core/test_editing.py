@@ -84,7 +84,8 @@ def test_refit_starts_what_has_no_prototypes_and_leaves_absent_classes():
     assert torch.equal(head.prototypes[3], before[3])
     assert accuracy(head, *scene(range(3), seed=3)) == 1
     assert (head.usage[:3].sum(1) == 80).all(), "the pixels of the last round"
-    assert not head.nearest_usage[:3].any(), "counts of prototypes that are gone"
+    assert torch.equal(head.nearest_usage, head.usage), "they are the pixels of the nearest prototype"
+    assert (head.health().agreement[:3] == 1).all()
     assert not head.movement[:3].any()
 
 
@@ -162,3 +163,84 @@ def test_what_cannot_be_edited_is_named():
         head.refit(part for part in [scene(range(3))])
     with pytest.raises(ValueError, match="refit: at least 1 round, got 0"):
         head.refit([scene(range(3))], rounds=0)
+
+
+def test_refit_takes_all_batches_of_a_round_as_one_step():
+    features, labels = scene(range(4), noise=2.0)
+    heads = [trained(range(4)) for _ in range(2)]
+    heads[0].prototypes[3] = heads[1].prototypes[3] = -unit(features[0, :, 0, -3:].t())  # few pixels right
+    few = [(part, label) for part, label in zip(features.split(10, 3), labels.split(10, 2))]
+    with_right = [(head_out.right & (label == 3)).any() for head_out, label in (
+        (heads[0].training_step(part, label), label) for part, label in few
+    )]  # fmt: skip
+    assert any(with_right)
+    assert not all(right for right, (_, label) in zip(with_right, few) if (label == 3).any())
+    heads[0].refit([(features, labels)])
+    heads[1].refit(few)
+    assert_close_report(heads[1].prototypes, heads[0].prototypes, "prototypes", "CKD", 1e-5)
+    assert torch.equal(heads[1].usage, heads[0].usage)
+
+
+def shares(head):
+    return head.log_prior().exp().tolist()
+
+
+def counted(classes, count):
+    """A head that has seen so many pixels of each class."""
+    head = trained(classes)
+    head.pixel_counts.fill_(count)
+    return head
+
+
+def test_an_added_class_gets_the_share_of_its_pixels_or_the_one_given():
+    features, labels = scene(range(4), seed=1)
+    for options, expected in (
+        ({}, [0.25] * 4),  # 40 of the 160 labelled pixels
+        ({"share": 0.1}, [0.3, 0.3, 0.3, 0.1]),
+    ):
+        for head in (counted(range(3), 1e7), trained(range(3))):
+            head.add_class(features, labels, **options)
+            assert shares(head) == pytest.approx(expected, abs=1e-5)
+    head = counted(range(3), 1e7)
+    head.add_class(features, torch.where(labels == 0, -1, labels))  # they take no part
+    assert shares(head)[3] == pytest.approx(40 / 120, abs=1e-5)
+    for share in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=f"share must be above 0 and below 1, got {share}"):
+            head.add_class(features, labels == 1, share)
+    assert head.num_classes == 4
+
+
+def test_where_only_the_new_class_is_labelled_its_share_is_equal_and_old_ones_are_still_found():
+    features, labels = scene(range(4), seed=1)
+    for chosen in (torch.where(labels == 3, 3, 255), torch.where(labels == 3, 3, -1)):
+        head = counted(range(3), 1e7)
+        head.add_class(features, chosen)
+        assert shares(head) == pytest.approx([0.25] * 4, abs=1e-5)
+        assert accuracy(head, *scene(range(4), seed=2)) == 1
+    head = counted(range(3), 1e7)
+    cut_out = features[..., labels[0, 0] == 3]
+    head.add_class(cut_out, torch.ones(1, *cut_out.shape[2:], dtype=torch.bool))
+    assert shares(head) == pytest.approx([0.25] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("edit", ["refit", "set_num_prototypes"])
+def test_classes_that_an_edit_starts_get_their_share_of_the_labels(edit):
+    head = counted(range(4), 1e7)
+    head.initialized[3] = False
+    head.pixel_counts[3] = 0
+    data = scene([0, 1, 2, 3, 3], seed=1)
+    head.refit([data]) if edit == "refit" else head.set_num_prototypes(3, *data)
+    assert shares(head) == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=1e-5)
+    assert accuracy(head, *scene(range(4), seed=2)) == 1
+    fresh = PrototypeHead(16, 4, 3)
+    fresh.refit([data])
+    assert shares(fresh) == pytest.approx([0.2, 0.2, 0.2, 0.4], abs=1e-5)
+
+
+def test_edited_classes_take_their_counts_along():
+    head = trained(range(4))
+    head.pixel_counts.copy_(torch.tensor([1.0, 2, 4, 8]))
+    head.merge_classes(0, 2)
+    assert head.pixel_counts.tolist() == [5, 2, 8]
+    head.remove_class(1)
+    assert head.pixel_counts.tolist() == [5, 8]

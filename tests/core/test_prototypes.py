@@ -302,6 +302,8 @@ def test_revival_moves_only_what_no_pixel_is_nearest_to():
     assert torch.equal(head.prototypes, before)
     head.prepare_(features, labels)
     assert head.health().dead.tolist()[0] == 0.0
+    assert head.nearest_usage[0].tolist() == pytest.approx([2 / 1.5, 1 / 1.5]), "used like the average, of 2"
+    assert head.health().agreement[0] <= 1
     assert torch.equal(head.prototypes[0, 0], before[0, 0])
     assert head.prototypes[0, 1] @ torch.tensor([0.8, 0.6]) > 0.999 or head.prototypes[0, 1, 0] > 0.999
     assert torch.equal(head.prototypes[1], before[1])

@@ -86,8 +86,12 @@ def test_a_result_shows_itself(seg: Predictor) -> None:
     assert repr(seg) == "Predictor(timm:test_efficientnet, 3 prototypes per class, 3 classes)"
 
 
-def test_explain_names_the_prototype_and_its_patches(run: Path, seg: Predictor) -> None:
+def test_explain_names_the_prototype_and_its_patches(
+    run: Path, seg: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = protoseg.read_image(run / "data/images/val/0.png")
+    prior = torch.tensor([9.0, 99, 999])  # the cosine alone does not decide
+    monkeypatch.setattr(seg.model.prototypes, "pixel_counts", prior)
     out = seg.predict(image)
     y, x = 21, 33
     c, k = int(out.labels[y, x]), int(out.prototypes[y, x])
@@ -99,9 +103,15 @@ def test_explain_names_the_prototype_and_its_patches(run: Path, seg: Predictor) 
     why = seg.explain(image, y, x)
     assert (why.class_name, why.prototype) == (CLASSES[c], k)
     assert why.cosine == pytest.approx(cosine_CK[c, k].item(), abs=1e-5)
+    logit_C = seg.model.prototypes.settings.logit_scale * cosine_CK.amax(1)
+    logit_C += (torch.tensor([10, 100, 1000]) / 1110).log()
+    assert why.logit == pytest.approx(logit_C[c].item(), abs=1e-4)
     assert [name for name, *_ in why.others] == [
-        CLASSES[i] for i in cosine_CK.amax(1).argsort(descending=True).tolist() if i != c
+        CLASSES[i] for i in logit_C.argsort(descending=True).tolist() if i != c
     ]
+    assert [other.logit for other in why.others] == pytest.approx(
+        sorted((logit_C[i].item() for i in range(3) if i != c), reverse=True), abs=1e-4
+    )
     assert [(patch.image, patch.cosine) for patch in why.patches] == [("a/b", 0.9), ("c", 0.8)]
     red, green, level = np.asarray(why.patches[0].picture).reshape(-1, 3).mean(0)
     assert (red < 5, green < 5, abs(level - 200) < 5) == (True, True, True)

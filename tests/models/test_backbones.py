@@ -286,6 +286,11 @@ def test_network_that_takes_smaller_images_only_is_a_user_error() -> None:
         build_backbone("timm:mvitv2_tiny")
 
 
+def test_frozen_plain_vit_is_a_user_error() -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=r"frozen: the maps of a plain ViT .* train it"):
+        build_backbone("timm:vit_tiny_patch16_224", frozen=True)
+
+
 def test_frozen_and_without_the_finest_maps() -> None:
     torch.manual_seed(0)
     whole = build_backbone("resnet18").eval()

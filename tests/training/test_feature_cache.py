@@ -114,6 +114,20 @@ def test_other_weights_and_other_images_get_other_files(root: Path, tmp_path: Pa
     next(other.backbone.buffers()).add_(1)
     assert cache_folder(model, config) == cache_folder(copy.deepcopy(model), config)
     assert cache_folder(model, config) != cache_folder(other, config)
+    other = copy.deepcopy(model)
+    next(m for m in other.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)).eps = 1e-2
+    assert cache_folder(model, config) != cache_folder(other, config)
+    hrnets = [
+        config_from(frozen(root) | {"backbone": {"name": "hrnet_w18"}, "decode_head": {"name": name}}, "t")
+        for name in ("hrnet", "official")
+    ]
+    with torch.device("meta"):
+        folders = {name: build_model(each) for name, each in zip("ab", hrnets)}
+    for each in folders.values():
+        each.to_empty(device="cpu")
+        for tensor in each.state_dict().values():
+            tensor.zero_()
+    assert len({cache_folder(model, hrnets[0]) for model in folders.values()}) == 2, "align_corners"
     before = FeatureCache(dataset, tmp_path, (64, 64)).files
     assert len(set(before) | set(FeatureCache(dataset, tmp_path, None).files)) == 2 * len(SIZES)
     file = next((root / "images/train").iterdir())
@@ -141,7 +155,7 @@ def test_ranks_that_look_at_different_times_leave_no_image_out(
     assert all(file.is_file() for file in cache.files)
     usage = feature_cache.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="the maps of 3 images need"):
+    with pytest.raises(UserError, match=r"the maps need .* GB, 1e-06 are free; name another folder"):
         FeatureCache(dataset, tmp_path / "other", None).fill(model, config, device)
 
 
@@ -151,6 +165,43 @@ def test_a_folder_that_cannot_be_made_is_said(root: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/kept: no folder can be made there \(.*\); choose another"):
         FeatureCache(dataset, tmp_path / "file/kept", None).fill(model, config, torch.device("cpu"))
+
+
+def test_the_bound_is_for_all_that_lies_in_the_folder(root: Path, tmp_path: Path) -> None:
+    model, device = build_model(config_from(frozen(root), "t")).eval(), torch.device("cpu")
+    dataset = open_dataset(config_from(frozen(root), "t"), "train")
+    first = FeatureCache(dataset, tmp_path / "kept/a", None)
+    first.fill(model, config_from(frozen(root), "t"), device)
+    there = sum(file.stat().st_size for file in first.files)
+    config = config_from(frozen(root, cache_gb=1.5 * there / 1e9), "t")
+    for folder, to_come in (("kept/b", 0), ("other/a", len(SIZES))):  # of another backbone; of another split
+        with pytest.raises(UserError, match=r"GB of maps would come to .* data.cache_gb allows"):
+            FeatureCache(dataset, tmp_path / folder, (64, 64)).fill(model, config, device, to_come)
+    assert FeatureCache(dataset, tmp_path / "other/a", None).fill(model, config, device) == len(SIZES)
+
+
+def test_what_half_precision_does_not_hold_is_said(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_from(frozen(root), "t")
+    model = build_model(config).eval()
+    monkeypatch.setattr(model, "maps", lambda images: [torch.full((1, 2, 3, 3), 1e5)])
+    with pytest.raises(UserError, match=r"half precision does not hold the maps of .*; set cache_features"):
+        FeatureCache(open_dataset(config, "train"), tmp_path, None).fill(model, config, torch.device("cpu"))
+
+
+def test_a_damaged_file_is_said(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = frozen(root, cache_features=str(tmp_path / "kept"))
+    train(config_from(values, "t"), tmp_path / "run")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    capsys.readouterr()
+    for content in (b"", b"half", next((tmp_path / "kept").rglob("*.pt")).read_bytes()[:300]):
+        for file in (tmp_path / "kept").rglob("*.pt"):
+            file.write_bytes(content)
+        assert command("train", [str(tmp_path / "c.yaml"), "--out", str(tmp_path / "again")]) == 2
+        error = capsys.readouterr().err
+        assert ".pt: the maps in it cannot be read; delete this file, and the next start" in error
+        assert error.count("\n") == 1
 
 
 def test_an_interrupted_fill_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +234,14 @@ def test_an_interrupted_fill_goes_on(root: Path, tmp_path: Path, monkeypatch: py
             {"data": {"crop": [48, 64]}},
             "crop 48 × 64; whole images are kept: set data.crop to [64, 64], which holds all 3",
         ),
-        ({"data": {"cache_gb": 1e-6}}, "images would take 0.0 GB, data.cache_gb allows 1e-06; raise it"),
+        (
+            {"data": {"cache_gb": 1e-6}},
+            "that are there, data.cache_gb allows 1e-06; raise it, delete the folder",
+        ),
+        (
+            {"eval": {"interval": 2, "window": [32, 32]}},
+            "eval.window: with data.cache_features images are eval",
+        ),
         ({"data": {"cache_mb": 9}}, "data.cache_mb: with data.cache_features no image is read; leave one of"),
         ({"decode_head": {"stride": 5}}, "decode_head.stride 5 is not possible: the backbone has maps at"),
     ],
@@ -212,5 +270,5 @@ def test_a_full_disk_is_said_before_the_work(
     usage = feature_cache.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage)
     cache = FeatureCache(dataset, tmp_path / "kept", None)
-    with pytest.raises(Exception, match=r"the maps of 3 images need 0\.0 GB, 0\.0 are free; name another"):
+    with pytest.raises(Exception, match=r"the maps need .* GB, 1e-06 are free; name another"):
         cache.fill(model, config, torch.device("cpu"))

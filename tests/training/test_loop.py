@@ -272,7 +272,7 @@ def test_resume_with_another_config(trained: Path, tmp_path: Path, capsys: pytes
 
 
 def test_a_longer_run_goes_on_if_it_is_told_to(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "longer"
     shutil.copytree(trained, out)
@@ -283,7 +283,9 @@ def test_a_longer_run_goes_on_if_it_is_told_to(
     assert "--extend: train.iterations=3 is not more than the 4" in text
     text = errors_of(capsys, "train", [*again, "--extend", "train.iterations=6", "optim.lr=0.5"])
     assert "optim.lr, train.iterations differ" in text
+    monkeypatch.setattr("protoseg.core.prototypes.auto_momentum", lambda iterations: 0.5)
     assert command("train", [*again, "--extend", "train.iterations=6"]) == 0
+    assert load_checkpoint(out / "last.pt")["momentum"] == 0.99, "that of the run as it began"
     steps = {line["step"]: line["lr"] for line in metrics(out) if line["kind"] == "train"}
     optim = tiny().optim
     for step in (5, 6):  # as the longer schedule has it

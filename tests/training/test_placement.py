@@ -16,6 +16,7 @@ from protoseg.models.build import build_model
 from protoseg.models.checkpoint import load_segmenter
 from protoseg.models.decode_heads import build_decode_head
 from protoseg.runtime import distributed
+from protoseg.runtime.errors import UserError
 from protoseg.training.placement import Moments, place_prototypes_, shrinkage_for
 
 
@@ -95,6 +96,13 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Any:
     return model
 
 
+def test_images_without_a_labelled_pixel_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = Pixels(), planted(monkeypatch)
+    data.labels[0] = 255
+    with pytest.raises(UserError, match=r"no pixel is labelled in the 1 training images .* more by --images"):
+        place_prototypes_(model, data, [0], 0.01, 0, torch.device("cpu"))
+
+
 def test_what_varies_within_classes_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     data, model = Pixels(), planted(monkeypatch)
     place_prototypes_(model, data, range(3), 0.01, 0, torch.device("cpu"))
@@ -121,11 +129,12 @@ def test_the_command_writes_a_run_that_the_others_take(
     results = json.loads((run / "results.json").read_text())
     assert (results["images"], results["parameters"]) == (3, 0)
     assert len(results["prototype_health"]["effective_k"]) == 3
+    assert results["prototype_health"]["agreement"] == [1, 1, 1]
     assert all(0 < cosine <= 1 for cosine in results["prototype_health"]["own_cosine"])
     model, _, content = load_segmenter(run)
     assert content["classes"] == CLASSES
     assert not torch.equal(model.decode_head.whitening, torch.eye(model.decode_head.dim))
-    capsys.readouterr()
+    assert "note: backbone.weights is none: the frozen backbone stays as random" in capsys.readouterr().out
     assert command("evaluate", [str(run), "--json", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["mIoU"] == pytest.approx(results["mIoU"])
@@ -136,8 +145,17 @@ def test_the_command_writes_a_run_that_the_others_take(
     assert command("fit", [str(config), "--images", "1", "--out", str(tmp_path / "one")]) == 0
     assert json.loads((tmp_path / "one/results.json").read_text())["images"] == 1
     for options, message in (
-        (["--out", str(run)], "already holds a run"),
+        (["--out", str(run)], "already holds a run; choose another by --out"),
         (["--images", "4", "--out", str(tmp_path / "x")], "--images: 4 is not possible, there are 3"),
+        (
+            [
+                "data={cache_features: true, scale: [1, 1], flip: 0, photometric: false}",
+                "eval.window=null",
+                "--out",
+                str(tmp_path / "x"),
+            ],
+            "goes through the images once; leave",
+        ),
         (["decode_head.name=mlp", "--out", str(tmp_path / "x")], "fit needs decode_head.name: whiten"),
         (["decode_head.dim=7", "--out", str(tmp_path / "x")], "decode_head.dim 7 is not possible: whiten"),
     ):
