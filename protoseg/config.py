@@ -258,11 +258,14 @@ BEFORE: dict[str, Any] = {
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or a shipped one by name, and apply `key.sub=value` overrides (values are YAML).
 
-    A preset among the overrides is stronger than the file, and weaker than the other overrides.
+    The config.yaml of a run means what it meant there. A preset among the overrides is stronger than the
+    file, and weaker than the other overrides.
     Errors: UserError naming the file or override, the key, and the nearest valid key or the allowed values.
     """
     path = find_config(path)
     values = read_yaml(path)
+    if path.name == "config.yaml" and (path.parent / "last.pt").is_file():  # a run's own
+        values = merge(BEFORE, known_keys(Config, values))
     check_keys(Config, values, str(path))
     changes = [parse_override(override) for override in overrides]
     presets = [PRESETS.get(str(change.get("preset")), {}) for change in changes]

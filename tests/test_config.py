@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from protoseg.config import config_from, load_config, merge_into_trained, stored_config, to_plain
 from protoseg.runtime.config_keys import differing_keys, merge
@@ -74,7 +75,7 @@ def test_preset_on_the_command_line_is_stronger_than_the_file(tmp_path: Path) ->
     assert config.loss.ppc == 0.5  # the other overrides over the preset
 
 
-def test_stored_configuration_means_what_it_meant() -> None:
+def test_stored_configuration_means_what_it_meant(tmp_path: Path) -> None:
     """Keys that came later have the value of before, those that have left are dropped."""
     stored = to_plain(config_from({"prototypes": {"start": "random"}}, "c"))
     for section, key in (("prototypes", "prior"), ("prototypes", "momentum"), ("loss", "ppc_pixels")):
@@ -84,6 +85,12 @@ def test_stored_configuration_means_what_it_meant() -> None:
     config = stored_config(stored, "last.pt")
     assert (config.prototypes.prior, config.prototypes.momentum, config.loss.ppc_pixels) == ("none", 0.999, 1)
     assert (config.prototypes.update_pixels, config.prototypes.start) == ("correct", "random")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(stored))
+    with pytest.raises(UserError, match=r"unknown key prototypes\.left"):
+        load_config(path)
+    (tmp_path / "last.pt").touch()
+    assert load_config(path) == config
     del stored["prototypes"]["update_pixels"]
     assert stored_config(stored, "last.pt").prototypes.update_pixels == "all"
 
