@@ -1,5 +1,6 @@
 """`protoseg.load`: one line to use a model, from wherever it lies."""
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -86,12 +87,10 @@ def test_a_result_shows_itself(seg: Predictor) -> None:
     assert repr(seg) == "Predictor(timm:test_efficientnet, 3 prototypes per class, 3 classes)"
 
 
-def test_explain_names_the_prototype_and_its_patches(
-    run: Path, seg: Predictor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explain_names_the_prototype_and_its_patches(run: Path, seg: Predictor) -> None:
     image = protoseg.read_image(run / "data/images/val/0.png")
-    prior = torch.tensor([9.0, 99, 999])  # the cosine alone does not decide
-    monkeypatch.setattr(seg.model.prototypes, "pixel_counts", prior)
+    seg = copy.deepcopy(seg)
+    seg.model.prototypes.pixel_counts.copy_(torch.tensor([9.0, 99, 999]))  # the cosine alone does not decide
     out = seg.predict(image)
     y, x = 21, 33
     c, k = int(out.labels[y, x]), int(out.prototypes[y, x])
