@@ -8,13 +8,15 @@ Both start from the same feature map and give the same losses and (up to roundin
 "Ours" has PPC of all pixels and no class prior, as the reference; "default" PPC of one pixel in eight and the
 prior, as configs have it; "prior + rule" is its time over that of the same without the prior, moved by all
 pixels of a class instead of the rightly classified ones.
-Times are medians of alternating repeats. Floors are the bare products of pixels and prototypes: two where
-scores are kept for backward, three where they are computed again. Memory is the peak of tensors
-alive beyond the inputs, from the allocator's own events (CUDA: max_memory_allocated).
+Times are medians of repeats in random order. Floors are the bare products of pixels and prototypes: two where
+scores are kept for backward, three where they are computed again. Memory is the peak of tensors alive beyond
+the inputs, from the allocator's own events (CUDA: max_memory_allocated).
 """
 
 import argparse
+import random
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,14 +126,21 @@ def measure(
     grown = [peak_bytes(run, device) for run in (run_ours, run_plain, run_default)]
     run_without_rule()
     two_products()
-    seconds: dict[str, list[float]] = {"ours": [], "default": [], "without_rule": [], "plain": [], "two": []}
+    runs: dict[str, Callable[[], object]] = {
+        "ours": run_ours,
+        "default": run_default,
+        "without_rule": run_without_rule,
+        "plain": run_plain,
+        "two": two_products,
+    }
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for repeat in range(repeats):
-        seconds["ours"].append(timed(run_ours, device))
-        seconds["default"].append(timed(run_default, device))
-        seconds["without_rule"].append(timed(run_without_rule, device))
-        if plain_repeats is None or repeat < plain_repeats:
-            seconds["plain"].append(timed(run_plain, device))
-        seconds["two"].append(timed(two_products, device))
+        order.shuffle(names)  # what ran before leaves its mark on caches and allocator
+        for name in names:
+            if name != "plain" or plain_repeats is None or repeat < plain_repeats:
+                seconds[name].append(timed(runs[name], device))
     return {
         **{f"{name}_ms": 1e3 * statistics.median(values) for name, values in seconds.items()},
         "ours_mb": grown[0] / 1e6,
